@@ -1,0 +1,113 @@
+"""The two builders: ``-b doctest`` runs every block, ``-b static`` checks every block."""
+
+import difflib
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from docutils import nodes
+from sphinx.builders import Builder
+
+from . import environment
+from .blocks import pages
+from .results import Results, write_junit
+from .session import Session, grouped, warn
+
+__all__ = ["StaticBuilder", "VerifyBuilder"]
+
+
+class _Checks(Builder):
+    """A builder that reads all pages and writes none."""
+
+    allow_parallel = True
+
+    @property
+    def session(self) -> Session:
+        session: Session = self.app.verified  # type: ignore[attr-defined]
+        return session
+
+    def get_outdated_docs(self) -> list[str]:
+        """Return nothing: reading is all that the pages are needed for."""
+        return []
+
+    def get_target_uri(self, docname: str, typ: str | None = None) -> str:
+        """Return a link target, which nothing follows."""
+        return ""
+
+    def prepare_writing(self, docnames: AbstractSet[str]) -> None:
+        """Write nothing."""
+
+    def write_doc(self, docname: str, doctree: nodes.document) -> None:
+        """Write nothing."""
+
+    def write(self, *_args: Any, **_options: Any) -> None:
+        """Write nothing."""
+
+
+class VerifyBuilder(_Checks):
+    """Runs the blocks of all pages, or of ``-D verified_pages=guide/x,guide/y``."""
+
+    name = "doctest"
+    epilog = "The results are in build/verification/."
+
+    def finish(self) -> None:
+        """Run, record, and report."""
+        wanted = self._selection()
+        blocks = self.session.blocks(wanted)
+        if not blocks:
+            warn("no block was run: there is none on these pages", "empty")
+            return
+        records = self.session.run(grouped(blocks))
+        if not any(r.status in ("passed", "failed") for r in records):
+            warn("no block was run: all were skipped", "empty")
+        write_junit(self.session.local / "junit.xml", records)
+        self.session.check()
+        self.session.judge(ran_everything=not wanted)
+        if folder := self.config.verified_save:
+            self._save(folder)
+        self.session.say(records)
+
+    def _selection(self) -> list[str]:
+        known = pages(self.env)
+        wanted = []
+        for text in self.config.verified_pages.replace(",", " ").split():
+            name = text.removeprefix("source/").removesuffix(".md").removesuffix(".rst")
+            if name in known:
+                wanted.append(name)
+                continue
+            near = difflib.get_close_matches(name, known, 3, 0.4)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            warn(f"there is no page {name!r}{hint}", "empty")
+        if self.config.verified_pages and not wanted:
+            wanted = ["?"]
+            known["?"] = type(next(iter(known.values())))() if known else known["?"]
+        return wanted
+
+    def _save(self, folder: str) -> None:
+        """Write the passes and failures as a file to commit."""
+        here = self.session.here
+        kept = {
+            key: record
+            for key, record in here.records.items()
+            if record.status in ("passed", "failed")
+        }
+        for record in kept.values():
+            record.output = ""
+        name = environment.slug(here.name) or "cpu"
+        if not here.gpu:
+            name += f"-python{here.environment['python']}"
+        target = self.session.root / folder / f"{name}.json"
+        Results(here.environment, kept).write(target)
+
+
+class StaticBuilder(_Checks):
+    """Parses and type-checks every block; runs none."""
+
+    name = "static"
+    epilog = "Every block was parsed and type-checked."
+
+    def finish(self) -> None:
+        """Check, also what has a current check."""
+        self.session.static = Results(local=True)
+        if not self.session.blocks():
+            warn("no block was checked: there is none", "empty")
+        self.session.check()

@@ -1,0 +1,222 @@
+"""Say on the page where each block ran: a line under it, and the status page."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+
+from .blocks import pages
+from .results import Results, State
+from .session import Session
+
+__all__ = ["Status", "VerificationStatus", "on_resolved", "outdated"]
+
+_MARKS = {"passed": "✓", "failed": "✗", "stale": "↻", "waiting": "○", "unknown": "○"}
+_WORDS = {
+    "passed": "passed",
+    "failed": "failed",
+    "stale": "changed since it ran",
+    "waiting": "not yet run",
+}
+
+
+class Status(nodes.General, nodes.Element):
+    """Where the status page's tables go."""
+
+
+class VerificationStatus(SphinxDirective):
+    """``.. verification-status::``: every block, by page, with totals."""
+
+    def run(self) -> list[nodes.Node]:
+        """Leave a place to be filled when all results are known."""
+        docnames: set[str] = self.env.__dict__.setdefault("verified_status", set())
+        docnames.add(self.env.docname)
+        return [Status()]
+
+
+# -- Which pages must be written again -------------------------------------------------
+
+
+def outdated(app: Sphinx, env: BuildEnvironment, session: Session) -> list[str]:
+    """Return the pages whose status lines differ from those last written."""
+    now = {
+        name: _digest(session.states[b.id].text for b in page.blocks)
+        for name, page in pages(env).items()
+    }
+    for name in env.__dict__.get("verified_status", ()):
+        now[name] = _digest([*now.values(), _environments(session)])
+    path = Path(app.outdir, ".verified.json")
+    before: dict[str, str] = {}
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now), "utf-8")
+    return [name for name in now if before.get(name) != now[name]]
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _environments(session: Session) -> str:
+    return json.dumps([run.environment for run in session.everywhere])
+
+
+# -- The line under a block ------------------------------------------------------------
+
+
+def on_resolved(app: Sphinx, doctree: nodes.document, _docname: str) -> None:
+    """Put a line under each block, and fill the status page."""
+    session: Session = app.verified  # type: ignore[attr-defined]
+    if not session.states:
+        return
+    tests = [n for n in doctree.findall(nodes.Element) if "testnodetype" in n]
+    outputs = {i: n for n in tests for i in n.get("verified_output_of", ())}
+    for node in tests:
+        ids = node.get("verified_ids", ())
+        states = [session.states[i] for i in ids if i in session.states]
+        if not states or isinstance(node, nodes.comment):
+            continue
+        order = ["failed", "stale", "waiting", "unknown", "passed"]
+        worst = min(states, key=lambda s: order.index(s.kind))
+        last = node
+        for ident in ids:
+            output = outputs.get(ident)
+            if output is not None and not isinstance(output, nodes.comment):
+                last = output if _follows(node, output) else last
+        parent, at = _outermost(last)
+        parent.insert(at + 1, _line(worst))
+    for place in list(doctree.findall(Status)):
+        place.replace_self(_tables(app, session))
+
+
+def _outermost(node: nodes.Element) -> tuple[nodes.Element, int]:
+    parent = node.parent
+    while "literal-block-wrapper" in parent.get("classes", ()):
+        node, parent = parent, parent.parent
+    assert isinstance(parent, nodes.Element)
+    return parent, parent.index(node)
+
+
+def _follows(code: nodes.Element, output: nodes.Element) -> bool:
+    (here, at), (there, then) = _outermost(code), _outermost(output)
+    return here is there and then == at + 1
+
+
+def _line(state: State) -> nodes.container:
+    mark = nodes.inline("", _MARKS[state.kind], classes=["verified-mark"])
+    mark["aria-hidden"] = "true"
+    text = nodes.inline("", state.text, classes=["verified-text"])
+    line = nodes.paragraph("", "", mark, nodes.Text(" "), text)
+    return nodes.container(
+        "", line, classes=["verified", f"verified-{state.kind}"], is_div=True
+    )
+
+
+# -- The status page -------------------------------------------------------------------
+
+
+def _tables(app: Sphinx, session: Session) -> list[nodes.Node]:
+    states = list(session.states.values())
+    count = Counter(state.kind for state in states)
+    shown: list[nodes.Node] = [
+        nodes.paragraph(
+            "",
+            f"{len(states)} blocks on {len({s.block.page for s in states})} pages: "
+            + ", ".join(f"{count[k]} {w}" for k, w in _WORDS.items() if count[k])
+            + ".",
+        )
+    ]
+    shown += [_section("Environments", _runs(session))]
+    gates = Counter(s.missing for s in states if s.missing and s.kind != "passed")
+    if gates:
+        rows = [[why, str(number)] for why, number in sorted(gates.items())]
+        table = _table(["Skipped on this machine because it", "Blocks"], rows)
+        shown.append(_section("Skipped blocks", table))
+    for name, page in sorted(pages(app.env).items()):
+        if not page.blocks:
+            continue
+        rows = []
+        for block in page.blocks:
+            state = session.states[block.id]
+            rows.append([
+                _link(app, name, block.anchor, f"{block.file}:{block.line}"),
+                _state(state.kind),
+                state.text,
+            ])
+        title = app.env.titles[name].astext()
+        table = _table(["Block", "State", "Where"], rows)
+        shown.append(_section(title, table, ident=f"blocks-{nodes.make_id(name)}"))
+    return shown
+
+
+def _runs(session: Session) -> nodes.table:
+    names = [
+        ("device", "Device"),
+        ("date", "Last run"),
+        ("python", "Python"),
+        ("torch", "torch"),
+        ("lightning", "lightning"),
+        ("transformer-engine", "Transformer Engine"),
+        ("cuda", "CUDA"),
+        ("driver", "Driver"),
+    ]
+    runs = [run for run in session.everywhere if run.records]
+    used = [(k, title) for k, title in names if any(k in r.environment for r in runs)]
+    rows = []
+    for run in runs:
+        current = sum(
+            run.get(state.block, "passed") is not None
+            for state in session.states.values()
+        )
+        cells: list[Any] = [run.environment.get(k, "–")[:19] for k, _ in used]
+        cells.append(f"{current}")
+        rows.append(cells)
+    return _table(
+        [title for _, title in used] + ["Blocks passed as they are now"], rows
+    )
+
+
+def _state(kind: str) -> nodes.inline:
+    words = f"{_MARKS[kind]} {_WORDS.get(kind, kind)}"
+    return nodes.inline("", words, classes=[f"verified-{kind}"])
+
+
+def _link(app: Sphinx, name: str, anchor: str, text: str) -> nodes.reference:
+    uri = app.builder.get_relative_uri(next(iter(app.env.verified_status)), name)  # type: ignore[attr-defined]
+    return nodes.reference("", text, refuri=f"{uri}#{anchor}", internal=True)
+
+
+def _section(title: str, *content: nodes.Node, ident: str = "") -> nodes.section:
+    section = nodes.section(ids=[ident or nodes.make_id(title)])
+    section += nodes.title("", title)
+    section += list(content)
+    return section
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> nodes.table:
+    group = nodes.tgroup(cols=len(head))
+    group += [nodes.colspec(colwidth=1) for _ in head]
+    group += nodes.thead("", _row(head))
+    group += nodes.tbody("", *(_row(row) for row in rows))
+    return nodes.table("", group, classes=["verification"])
+
+
+def _row(cells: Iterable[Any]) -> nodes.row:
+    row = nodes.row()
+    for cell in cells:
+        content = cell if isinstance(cell, nodes.Node) else nodes.Text(str(cell))
+        row += nodes.entry("", nodes.paragraph("", "", content))
+    return row
+
+
+def environment_label(run: Results) -> str:
+    """Name an environment in a few words."""
+    return f"{run.name}, torch {run.environment.get('torch', '?')}"

@@ -1,0 +1,161 @@
+"""Type-check every block, those for a GPU first of all, without running any.
+
+The blocks of a page and group become one Python file in which each line has its own
+number on the page, so that the checker's messages can name it. Transformer Engine's
+base wheel holds its whole Python source, which is all that a checker needs.
+"""
+
+import ast
+import doctest
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import deprecated
+from .blocks import Block, trees
+from .outputs import expected_exception
+
+__all__ = ["Finding", "check"]
+
+# "guide/x__default.py:12:5: error[rule-name] message"
+_MESSAGE = re.compile(
+    r"^(?P<file>.+?):(?P<line>\d+):\d+: \w+\[(?P<rule>[\w-]+)\]:? (?P<text>.*)$"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong with one block."""
+
+    block: Block
+    line: int
+    rule: str
+    text: str
+
+
+def check(
+    groups: Mapping[tuple[str, str], list[Block]], folder: Path, root: Path
+) -> list[Finding]:
+    """Check every group; return what is wrong that ``:wrong:`` does not announce."""
+    files = _extract(groups, folder)
+    found: list[Finding] = []
+    if files:
+        found += _type_check(files, folder, root)
+    for blocks in groups.values():
+        found += _deprecated(blocks)
+    return _unannounced(groups, found)
+
+
+def _unannounced(
+    groups: Mapping[tuple[str, str], list[Block]], found: list[Finding]
+) -> list[Finding]:
+    left = [f for f in found if f.rule not in f.block.wrong]
+    made = {(f.block.id, f.rule) for f in found}
+    for blocks in groups.values():
+        for block in blocks:
+            for rule in block.wrong:
+                if (block.id, rule) not in made:
+                    text = f":wrong: announces {rule!r}, which is not found"
+                    left.append(Finding(block, block.line, "wrong", text))
+    return left
+
+
+# -- Extraction ------------------------------------------------------------------------
+
+
+def _extract(
+    groups: Mapping[tuple[str, str], list[Block]], folder: Path
+) -> dict[str, list[Block]]:
+    """Write one file a group; return its blocks by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.py"):
+        old.unlink()
+    made = {}
+    for (page, group), blocks in groups.items():
+        by_file: dict[str, list[Block]] = {}
+        for block in blocks:
+            by_file.setdefault(block.file, []).append(block)
+        # An included file has lines of its own, so it is a module of its own.
+        for number, (_file, own) in enumerate(sorted(by_file.items())):
+            name = re.sub(r"\W", "_", f"{page}__{group}__{number}") + ".py"
+            (folder / name).write_text(_source(own), "utf-8")
+            made[name] = own
+    return made
+
+
+def _source(blocks: Iterable[Block]) -> str:
+    lines: list[str] = []
+    for block in blocks:
+        for at, code in _parts(block):
+            lines += [""] * (at - 1 - len(lines))
+            lines[at - 1 :] = code.rstrip("\n").split("\n")
+    return "\n".join(lines) + "\n"
+
+
+def _parts(block: Block) -> list[tuple[int, str]]:
+    """Return (line, code); code whose point is its exception is left out."""
+    if next(trees(block), None) is None:
+        return []  # it does not parse, which is a fault of its own
+    if block.kind == "testcode":
+        return [] if expected_exception(block.want) else [(block.line, block.code)]
+    return [
+        (block.line + example.lineno, example.source)
+        for example in doctest.DocTestParser().get_examples(block.code, block.file)
+        if not example.exc_msg
+    ]
+
+
+# -- The checks ------------------------------------------------------------------------
+
+
+def _type_check(
+    files: Mapping[str, list[Block]], folder: Path, root: Path
+) -> list[Finding]:
+    command = [
+        *(sys.executable, "-m", "ty", "check", "--output-format", "concise"),
+        *("--python", sys.prefix, "--extra-search-path", str(root), "--no-progress"),
+        *("--color", "never", "--ignore", "unused-ignore-comment", "--exit-zero"),
+        *sorted(files),
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        msg = f"ty ended with status {done.returncode}: {done.stderr.strip()}"
+        raise RuntimeError(msg)
+    found = []
+    for text in done.stdout.splitlines():
+        if match := _MESSAGE.match(text):
+            line = int(match["line"])
+            blocks = files[Path(match["file"]).name]
+            block = max(
+                (b for b in blocks if b.line <= line),
+                key=lambda b: b.line,
+                default=blocks[0],
+            )
+            found.append(Finding(block, line, match["rule"], match["text"]))
+    return found
+
+
+def _deprecated(blocks: list[Block]) -> list[Finding]:
+    found = []
+    # One pass for the aliases of the whole group, one report for each block.
+    everything: list[tuple[int, ast.Module]] = []
+    owners: list[tuple[int, Block]] = []
+    for block in blocks:
+        for line, tree in trees(block):
+            everything.append((line, tree))
+            owners.append((line, block))
+    for line, text in deprecated.find(everything):
+        block = max((o for o in owners if o[0] <= line), key=lambda o: o[0])[1]
+        found.append(Finding(block, line, "deprecated", text))
+    return found
+
+
+def version() -> str:
+    """Return the checker's name and version."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ty", "--version"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or "ty"
