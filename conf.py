@@ -9,7 +9,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "_ext")]  # snippets, and our own extensio
 
 project = "Half the Bits"
 author = "The Half the Bits authors"
-copyright = "2026, the Half the Bits authors"  # noqa: A001 - Sphinx's name for it
+copyright = "2026, the Half the Bits authors"
 version = release = "2026.11"
 
 extensions = [

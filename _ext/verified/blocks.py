@@ -120,15 +120,15 @@ class _Located(TestDirective):
 
     def _at(self) -> tuple[str, int]:
         """Return the file and the line (from 1) of the first line of the content."""
-        file, line = self.state_machine.get_source_and_line(self.lineno)
-        file, line = file or self.env.doc2path(self.env.docname), line or self.lineno
+        source, at = self.state_machine.get_source_and_line(self.lineno)
+        file, line = str(source or self.env.doc2path(self.env.docname)), at or 1
         if self.content:
             source, offset = self.content.info(0)
             if source and Path(source).is_file() and offset is not None:
                 file = source
                 if offset + 1 > line:  # reST counts in the file, MyST in the block
-                    return str(file), offset + 1
-        return str(file), _search(Path(file), list(self.content), line)
+                    return file, offset + 1
+        return file, _search(Path(file), list(self.content), line)
 
 
 def _search(path: Path, content: list[str], line: int) -> int:

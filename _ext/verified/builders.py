@@ -1,10 +1,8 @@
-"""The two builders: ``-b doctest`` runs every block, ``-b static`` checks every block."""
+"""The builders: ``-b doctest`` runs every block, ``-b static`` checks every block."""
 
 import difflib
 from collections.abc import Set as AbstractSet
-from typing import Any
 
-from docutils import nodes
 from sphinx.builders import Builder
 
 from . import environment
@@ -33,13 +31,7 @@ class _Checks(Builder):
         """Return a link target, which nothing follows."""
         return ""
 
-    def prepare_writing(self, docnames: AbstractSet[str]) -> None:
-        """Write nothing."""
-
-    def write_doc(self, docname: str, doctree: nodes.document) -> None:
-        """Write nothing."""
-
-    def write(self, *_args: Any, **_options: Any) -> None:
+    def write_documents(self, docnames: AbstractSet[str]) -> None:
         """Write nothing."""
 
 
@@ -52,6 +44,8 @@ class VerifyBuilder(_Checks):
     def finish(self) -> None:
         """Run, record, and report."""
         wanted = self._selection()
+        if self.config.verified_pages and not wanted:
+            return
         blocks = self.session.blocks(wanted)
         if not blocks:
             warn("no block was run: there is none on these pages", "empty")
@@ -77,9 +71,6 @@ class VerifyBuilder(_Checks):
             near = difflib.get_close_matches(name, known, 3, 0.4)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             warn(f"there is no page {name!r}{hint}", "empty")
-        if self.config.verified_pages and not wanted:
-            wanted = ["?"]
-            known["?"] = type(next(iter(known.values())))() if known else known["?"]
         return wanted
 
     def _save(self, folder: str) -> None:

@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -45,7 +46,7 @@ def probe(path: str, names: set[str], answer: Connection) -> None:
 
 
 def device() -> dict[str, str]:
-    """Return the device as ``device``, and ``cuda`` and ``driver`` where it is a GPU."""
+    """Return the device; of a GPU also the ``cuda`` and ``driver`` versions."""
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError:
@@ -59,11 +60,11 @@ def device() -> dict[str, str]:
 
 
 def _driver() -> str:
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        out = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return out.stdout.split("\n", 1)[0].strip() if out.returncode == 0 else ""

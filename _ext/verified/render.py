@@ -13,7 +13,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 from .blocks import pages
-from .results import Results, State
+from .results import State
 from .session import Session
 
 __all__ = ["Status", "VerificationStatus", "on_resolved", "outdated"]
@@ -78,9 +78,11 @@ def on_resolved(app: Sphinx, doctree: nodes.document, _docname: str) -> None:
     if not session.states:
         return
     tests = [n for n in doctree.findall(nodes.Element) if "testnodetype" in n]
-    outputs = {i: n for n in tests for i in n.get("verified_output_of", ())}
+    outputs: dict[str, nodes.Element] = {}
     for node in tests:
-        ids = node.get("verified_ids", ())
+        outputs.update(dict.fromkeys(node.get("verified_output_of", []), node))
+    for node in tests:
+        ids: list[str] = node.get("verified_ids", [])
         states = [session.states[i] for i in ids if i in session.states]
         if not states or isinstance(node, nodes.comment):
             continue
@@ -137,13 +139,13 @@ def _tables(app: Sphinx, session: Session) -> list[nodes.Node]:
     shown += [_section("Environments", _runs(session))]
     gates = Counter(s.missing for s in states if s.missing and s.kind != "passed")
     if gates:
-        rows = [[why, str(number)] for why, number in sorted(gates.items())]
-        table = _table(["Skipped on this machine because it", "Blocks"], rows)
+        counts = [[why, str(number)] for why, number in sorted(gates.items())]
+        table = _table(["Skipped on this machine because it", "Blocks"], counts)
         shown.append(_section("Skipped blocks", table))
     for name, page in sorted(pages(app.env).items()):
         if not page.blocks:
             continue
-        rows = []
+        rows: list[list[Any]] = []
         for block in page.blocks:
             state = session.states[block.id]
             rows.append([
@@ -176,7 +178,7 @@ def _runs(session: Session) -> nodes.table:
             run.get(state.block, "passed") is not None
             for state in session.states.values()
         )
-        cells: list[Any] = [run.environment.get(k, "–")[:19] for k, _ in used]
+        cells: list[Any] = [run.environment.get(k, "-")[:19] for k, _ in used]
         cells.append(f"{current}")
         rows.append(cells)
     return _table(
@@ -215,8 +217,3 @@ def _row(cells: Iterable[Any]) -> nodes.row:
         content = cell if isinstance(cell, nodes.Node) else nodes.Text(str(cell))
         row += nodes.entry("", nodes.paragraph("", "", content))
     return row
-
-
-def environment_label(run: Results) -> str:
-    """Name an environment in a few words."""
-    return f"{run.name}, torch {run.environment.get('torch', '?')}"

@@ -65,6 +65,9 @@ class Runner:
         """Probe capabilities, and describe the machine, in a process of their own.
 
         Asking a GPU initializes CUDA, which no process may do before it forks.
+
+        Raises:
+            RuntimeError: A probe ended its process.
         """
         with _child(self._context, environment.probe, (self.registry_path, names)) as (
             answer,
@@ -163,7 +166,7 @@ class Runner:
 
 @contextlib.contextmanager
 def _child(context: Any, target: Any, args: tuple[Any, ...]) -> Iterator[Any]:
-    """Start ``target(*args, connection)``; leave no process behind."""
+    # Start target(*args, connection); leave no process behind.
     answer, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_quiet, args=(target, args, theirs), daemon=False)
     process.start()

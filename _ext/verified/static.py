@@ -20,7 +20,7 @@ from .outputs import expected_exception
 
 __all__ = ["Finding", "check"]
 
-# "guide/x__default.py:12:5: error[rule-name] message"
+# Concise output: file, line, column, severity with the rule in brackets, message.
 _MESSAGE = re.compile(
     r"^(?P<file>.+?):(?P<line>\d+):\d+: \w+\[(?P<rule>[\w-]+)\]:? (?P<text>.*)$"
 )
@@ -120,7 +120,7 @@ def _type_check(
         *("--color", "never", "--ignore", "unused-ignore-comment", "--exit-zero"),
         *sorted(files),
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         msg = f"ty ended with status {done.returncode}: {done.stderr.strip()}"
         raise RuntimeError(msg)
@@ -156,6 +156,9 @@ def _deprecated(blocks: list[Block]) -> list[Finding]:
 def version() -> str:
     """Return the checker's name and version."""
     done = subprocess.run(
-        [sys.executable, "-m", "ty", "--version"], capture_output=True, text=True
+        [sys.executable, "-m", "ty", "--version"],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.strip() or "ty"

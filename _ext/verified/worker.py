@@ -137,8 +137,8 @@ def _whole(name: str, source: str, namespace: dict[str, Any]) -> str:
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
-            exec(compile(source, name, "exec", dont_inherit=True), namespace)  # noqa: S102
-    except BaseException as error:  # noqa: BLE001 - it may raise anything
+            exec(compile(source, name, "exec", dont_inherit=True), namespace)
+    except BaseException as error:
         return f"failed: {raised(error).strip()}"
     return f"printed {out.getvalue()!r}" if out.getvalue() else ""
 
@@ -151,7 +151,7 @@ def _block(job: Job, code: Code, namespace: dict[str, Any]) -> Outcome:
             problem = _examples(job, code, namespace)
     except _TooLong:
         problem = f"took longer than its limit of {job.time_limit:g} s"
-    except BaseException:  # noqa: BLE001 - a page's `__eq__` may raise while compared
+    except BaseException:
         problem = traceback.format_exc()
     seconds = time.perf_counter() - start
     if problem:
@@ -217,10 +217,10 @@ def _example(
         try:
             # Blank lines put the code on its own lines of the page.
             padded = "\n" * (line - 1) + source
-            exec(compile(padded, file, mode, dont_inherit=True), namespace)  # noqa: S102
+            exec(compile(padded, file, mode, dont_inherit=True), namespace)
         except _TooLong:
             raise
-        except BaseException as caught:  # noqa: BLE001 - also SystemExit
+        except BaseException as caught:
             error = caught
         finally:
             sys.displayhook = display
