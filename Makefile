@@ -16,12 +16,7 @@ endif
 
 SPHINX := $(VENV)/bin/python -m sphinx -c . -d build/doctrees $(SPHINXOPTS)
 
-empty :=
-comma := ,
-space := $(empty) $(empty)
-# guide/x, source/guide/x.md and several of them, however separated.
-pages := $(patsubst source/%,%,$(basename $(subst $(comma),$(space),$(PAGES))))
-ONLY  := $(if $(strip $(pages)),-D verified_pages=$(subst $(space),$(comma),$(strip $(pages))))
+ONLY   := $(if $(PAGES),-D "verified_pages=$(PAGES)")
 
 # Nothing that points Python elsewhere may mix into the pinned environment.
 unexport PYTHONPATH PYTHONHOME

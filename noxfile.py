@@ -125,7 +125,7 @@ def static(session: nox.Session) -> None:
 @nox.session
 def doctest(session: nox.Session) -> None:
     """Run every block, or those of the pages named after ``--``."""
-    make(session, "doctest", f"PAGES={','.join(session.posargs)}")
+    make(session, "doctest", f"PAGES={' '.join(session.posargs)}")
 
 
 @nox.session
@@ -199,7 +199,7 @@ def doctest_gpu(session: nox.Session) -> None:
     make(session, "venv", "GPU=1")
     # A driver that answers and a torch that cannot use it would only record skips.
     session.run(".nox/gpu/bin/python", "-m", "verified.gpu", env={"PYTHONPATH": "_ext"})
-    make(session, "doctest", "GPU=1", f"PAGES={','.join(session.posargs)}")
+    make(session, "doctest", "GPU=1", f"PAGES={' '.join(session.posargs)}")
 
 
 @nox.session(default=False)
