@@ -31,3 +31,4 @@ verified_preload = ["torch", "lightning"]
 
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
