@@ -1,9 +1,10 @@
 """Tests of snippets/mixed_precision.py, as read in guide/mixed_precision."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import lightning.fabric.plugins
@@ -101,7 +102,7 @@ def test_a_hand_written_grad_scaler_loop_gives_the_same_bits(
             device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=True
         ):
             loss = F.cross_entropy(model(inputs), targets)
-        scaler.scale(loss).backward()
+        torch.autograd.backward(scaler.scale(loss))
         if (i + 1) % window:
             continue
         scaler.unscale_(optimizer)
@@ -149,7 +150,7 @@ def test_a_hand_written_grad_scaler_loop_gives_the_same_bits(
     if dtype == torch.float16:
         assert step.skipped_steps > 0
         scales = [scale for _, _, scale in ours]
-        assert any(b > a for a, b in zip(scales, scales[1:], strict=False))
+        assert any(b > a for a, b in itertools.pairwise(scales))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (8, 4, 4), (2, 6, 8)], ids=str)
@@ -171,7 +172,7 @@ def test_a_window_is_one_big_batch(sizes: tuple[int, ...]) -> None:
             dtype=torch.float32,
             accumulate_grad_batches=len(parts),
         )
-        for part in x.split(parts):
+        for part in torch.split(x, list(parts)):
             with step.autocast():
                 loss = layer(part).square().mean()
             result = step(loss, weight=len(part) / 4)
@@ -419,7 +420,7 @@ def test_a_resumed_run_has_the_same_bits(dtype: torch.dtype, stop: int) -> None:
 
 @pytest.mark.parametrize("shift", [0, 10, 16, 24])
 def test_scaling_shifts_the_window_of_float16(shift: int) -> None:
-    """g survives a scale of 2**k iff 2**(-25-k) < g < 65520 / 2**k, on powers of two.
+    """Scaled by 2**k, g survives iff 2**(-25-k) < g < 65520 / 2**k (powers of two).
 
     2**-25 is half of the smallest float16, a tie that goes to zero; 65520 is halfway
     from the largest float16 to the next power of two.
@@ -437,7 +438,9 @@ def test_scaling_shifts_the_window_of_float16(shift: int) -> None:
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_fabric_trains_to_the_same_bits(precision: Any) -> None:
+def test_fabric_trains_to_the_same_bits(
+    precision: Literal["16-mixed", "bf16-mixed"],
+) -> None:
     """Fabric with Lightning's MixedPrecision plugin, clipping, and an overflow."""
     x, y = digits()
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
@@ -496,7 +499,9 @@ class Classifier(L.LightningModule):
 @pytest.mark.parametrize(
     ("precision", "window"), [("16-mixed", 1), ("bf16-mixed", 1), ("bf16-mixed", 2)]
 )
-def test_trainer_trains_to_the_same_bits(precision: Any, window: int) -> None:
+def test_trainer_trains_to_the_same_bits(
+    precision: Literal["16-mixed", "bf16-mixed"], window: int
+) -> None:
     """Trainer divides the loss by the window before backward; in bfloat16 by 2 exactly.
 
     In float16 that division can round a subnormal gradient, hence only window 1.
@@ -565,7 +570,7 @@ def test_float16_without_a_scaler_loses_what_it_keeps_with_one() -> None:
             one_step(torch.randint(1437, (128,), generator=generator))
         with torch.no_grad():
             hits = model(x[1437:]).argmax(1) == y[1437:]
-        return hits.double().mean().item()
+        return float(hits.double().mean())
 
     def plain(model: nn.Module, optimizer: SGD) -> Callable[[Tensor], None]:
         def one_step(rows: Tensor) -> None:
@@ -604,13 +609,13 @@ def test_float16_without_a_scaler_loses_what_it_keeps_with_one() -> None:
 # Errors.
 
 
-def sgd(**keywords: Any) -> SGD:
-    """An optimizer of one float32 parameter, or of one made with the keywords."""
-    return SGD([nn.Parameter(torch.ones(2, **keywords))], lr=1.0)
+def sgd(dtype: torch.dtype = torch.float32) -> SGD:
+    """An optimizer of one parameter."""
+    return SGD([nn.Parameter(torch.ones(2, dtype=dtype))], lr=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float16", None])
-def test_other_dtypes_are_refused(dtype: Any) -> None:
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     """What autocast cannot compute in, and what is not a dtype at all."""
     with pytest.raises(ValueError, match=r"dtype must be one of \(torch\.float16, "):
         MixedPrecisionStep(sgd(), dtype=dtype)
@@ -638,10 +643,15 @@ def test_parameters_must_share_a_device() -> None:
 
 @pytest.mark.parametrize("name", ["accumulate_grad_batches", "max_consecutive_skips"])
 @pytest.mark.parametrize("count", [0, -1, 1.5])
-def test_counts_start_at_one(name: str, count: Any) -> None:
+def test_counts_start_at_one(name: str, count: int) -> None:
     """Nothing is rounded on the way."""
     with pytest.raises(ValueError, match=f"{name} must be a whole number from 1"):
-        MixedPrecisionStep(sgd(), dtype=torch.bfloat16, **{name: count})
+        MixedPrecisionStep(
+            sgd(),
+            dtype=torch.bfloat16,
+            accumulate_grad_batches=count if name[0] == "a" else 1,
+            max_consecutive_skips=count if name[0] == "m" else 1,
+        )
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
@@ -743,12 +753,10 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     """Wrong dtype, window, parameters or keys: an error, and the old state."""
     layer = nn.Linear(2, 1)
 
-    def make(**keywords: Any) -> MixedPrecisionStep:
-        defaults: dict[str, Any] = {
-            "dtype": torch.float16,
-            "accumulate_grad_batches": 2,
-        }
-        return MixedPrecisionStep(SGD(layer.parameters()), **(defaults | keywords))
+    def make(dtype: torch.dtype = torch.float16, window: int = 2) -> MixedPrecisionStep:
+        return MixedPrecisionStep(
+            SGD(layer.parameters()), dtype=dtype, accumulate_grad_batches=window
+        )
 
     step = make()
     step(layer(torch.ones(1, 2)).mean())
@@ -768,7 +776,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         other.load_state_dict(state | {"grads": state["grads"][::-1]})
     layer.zero_grad()
     with pytest.raises(ValueError, match="within a window of 2 micro-batches, this "):
-        make(accumulate_grad_batches=4).load_state_dict(state)
+        make(window=4).load_state_dict(state)
 
     assert other.state_dict() == before
     assert layer.weight.grad is None
