@@ -47,6 +47,8 @@ class Runner:
         paths: Iterable[str] = (),
         flags: int = 0,
     ) -> None:
+        # Pages share the processors; threads of one would wait for those of another.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["verified.worker", *preload])
         self.registry_path = registry
