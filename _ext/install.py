@@ -167,7 +167,7 @@ def _install(options: argparse.Namespace) -> None:
     options.log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with options.log.open("w", encoding="utf-8") as log:
-        if not _is_usable(venv, any_python=not options.chosen):
+        if not is_usable(venv, any_python=not options.chosen):
             _check_disk(venv, needed)
             _run([sys.executable, "-m", "venv", "--clear", str(venv)], log, needed)
         (venv / _UNFINISHED).touch()
@@ -208,7 +208,7 @@ def _is_complete(venv: Path, wanted: str, *, any_python: bool) -> bool:
     return there == wanted
 
 
-def _is_usable(venv: Path, *, any_python: bool) -> bool:
+def is_usable(venv: Path, *, any_python: bool) -> bool:
     """Tell whether pip can bring this environment up to date."""
     if not (venv / "bin/python").exists():
         return False
@@ -292,6 +292,7 @@ def _run(command: List[str], log: TextIO, needed: int) -> None:
         Failure: The command failed; in one sentence, why.
     """
     log.write("$ {}\n".format(" ".join(command)))
+    log.flush()
     # A user-wide PIP_USER would install beside the environment.
     environment = dict(os.environ, PIP_USER="0", PYTHONUNBUFFERED="1")
     started = subprocess.Popen(
