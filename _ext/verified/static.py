@@ -22,13 +22,20 @@ __all__ = ["Finding", "check"]
 
 # Concise output: file, line, column, severity with the rule in brackets, message.
 _MESSAGE = re.compile(
-    r"^(?P<file>.+?):(?P<line>\d+):\d+: \w+\[(?P<rule>[\w-]+)\]:? (?P<text>.*)$"
+    r"^(?P<file>.+?):(?P<line>\d+):(?P<column>\d+): "
+    r"\w+\[(?P<rule>[\w-]+)\]:? (?P<text>.*)$"
 )
 
 
-# torch annotates an attribute of a module as Tensor | Module: a call of a submodule
-# whose class the checker does not know is no mistake.
-_LIMITS = re.compile("^Object of type `Tensor` is not callable$")
+# What torch's annotations cannot say: an attribute of a module is Tensor | Module to
+# them, so a submodule can be neither called nor indexed.
+_LIMITS = re.compile(
+    "^(Object of type `Tensor` is not callable|Cannot subscript object of type `Module`)"
+)
+_IGNORED = (
+    "unused-ignore-comment",
+    "missing-union-attribute",  # p.grad is Tensor | None; the block's run tells which
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ def _type_check(
     command = [
         *(sys.executable, "-m", "ty", "check", "--output-format", "concise"),
         *("--python", sys.prefix, "--extra-search-path", str(root), "--no-progress"),
-        *("--color", "never", "--ignore", "unused-ignore-comment", "--exit-zero"),
+        *("--color", "never", "--exit-zero"),
+        *(part for rule in _IGNORED for part in ("--ignore", rule)),
         *sorted(files),
     ]
     done = subprocess.run(
@@ -134,7 +142,7 @@ def _type_check(
     found = []
     for text in done.stdout.splitlines():
         match = _MESSAGE.match(text)
-        if match and not _LIMITS.search(match["text"]):
+        if match and not _beyond_annotations(match, folder):
             line = int(match["line"])
             blocks = files[Path(match["file"]).name]
             block = max(
@@ -144,6 +152,16 @@ def _type_check(
             )
             found.append(Finding(block, line, match["rule"], match["text"]))
     return found
+
+
+def _beyond_annotations(message: re.Match[str], folder: Path) -> bool:
+    """Tell whether a message comes from what annotations cannot say."""
+    if _LIMITS.search(message["text"]):
+        return True
+    # To the checker each value of an unpacked dict has the type of all its values.
+    lines = Path(folder, message["file"]).read_text("utf-8").splitlines()
+    code = lines[int(message["line"]) - 1][int(message["column"]) - 1 :]
+    return code.startswith("**") and message["rule"] == "invalid-argument-type"
 
 
 def _deprecated(blocks: list[Block]) -> list[Finding]:
