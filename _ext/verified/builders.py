@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Set as AbstractSet
+from typing import final
 
 from sphinx.builders import Builder
 
 from . import environment
 from .blocks import pages
 from .results import Results, write_junit
-from .session import Session, grouped, warn
+from .session import Session, grouped
 
 __all__ = ["StaticBuilder", "VerifyBuilder"]
 
@@ -31,6 +32,17 @@ class _Checks(Builder):
         """Return a link target, which nothing follows."""
         return ""
 
+    @final
+    def finish(self) -> None:
+        """Do the work; any problem fails the build, with ``-W`` or without."""
+        self.work()
+        if self.session.problems:
+            self.app.statuscode = 1
+
+    def work(self) -> None:
+        """Run or check the blocks."""
+        raise NotImplementedError
+
     def write_documents(self, docnames: AbstractSet[str]) -> None:
         """Write nothing."""
 
@@ -41,18 +53,18 @@ class VerifyBuilder(_Checks):
     name = "doctest"
     epilog = "The results are in build/verification/."
 
-    def finish(self) -> None:
+    def work(self) -> None:
         """Run, record, and report."""
         wanted = self._selection()
         if self.config.verified_pages and not wanted:
             return
         blocks = self.session.blocks(wanted)
         if not blocks:
-            warn("no block was run: there is none on these pages", "empty")
+            self.session.warn("no block was run: there is none on these pages", "empty")
             return
         records = self.session.run(grouped(blocks))
         if not any(r.status in ("passed", "failed") for r in records):
-            warn("no block was run: all were skipped", "empty")
+            self.session.warn("no block was run: all were skipped", "empty")
         write_junit(self.session.local / "junit.xml", records)
         self.session.check()
         self.session.judge(ran_everything=not wanted)
@@ -70,7 +82,7 @@ class VerifyBuilder(_Checks):
                 continue
             near = difflib.get_close_matches(name, known, 3, 0.4)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            warn(f"there is no page {name!r}{hint}", "empty")
+            self.session.warn(f"there is no page {name!r}{hint}", "empty")
         return wanted
 
     def _save(self, folder: str) -> None:
@@ -96,9 +108,9 @@ class StaticBuilder(_Checks):
     name = "static"
     epilog = "Every block was parsed and type-checked."
 
-    def finish(self) -> None:
+    def work(self) -> None:
         """Check, also what has a current check."""
         self.session.static = Results(local=True)
         if not self.session.blocks():
-            warn("no block was checked: there is none", "empty")
+            self.session.warn("no block was checked: there is none", "empty")
         self.session.check()

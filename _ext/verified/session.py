@@ -22,7 +22,7 @@ from .results import (
 )
 from .runner import Runner
 
-__all__ = ["Session", "warn"]
+__all__ = ["Session", "grouped"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +35,6 @@ def _detail(state: State) -> str:
         "\n"
     )
     return newline + rest
-
-
-def warn(text: str, kind: str, location: str | None = None) -> None:
-    """Emit a warning of this extension, which ``-W`` turns into a failed build."""
-    _log.warning("%s", text, location=location, type="verified", subtype=kind)
 
 
 def grouped(blocks: Iterable[Block]) -> Groups:
@@ -64,11 +59,17 @@ class Session:
         if self._versions(self.here) != environment.versions():
             self.here = Results(local=True)
         self.states: dict[str, State] = {}
+        self.problems = 0
 
     @staticmethod
     def _versions(results: Results) -> dict[str, str]:
         names = ("python", *environment.PACKAGES)
         return {n: results.environment[n] for n in names if n in results.environment}
+
+    def warn(self, text: str, kind: str, location: str | None = None) -> None:
+        """Emit a warning of this extension, which ``-W`` turns into a failed build."""
+        self.problems += 1
+        _log.warning("%s", text, location=location, type="verified", subtype=kind)
 
     def blocks(self, only: Iterable[str] = ()) -> list[Block]:
         """Return the blocks of all pages, or of ``only`` these, in reading order."""
@@ -80,7 +81,7 @@ class Session:
         """Warn of every fault of every page, also of those not read this time."""
         for page in pages(self.app.env).values():
             for fault in page.faults:
-                warn(fault.text, fault.kind, f"{fault.file}:{fault.line}")
+                self.warn(fault.text, fault.kind, f"{fault.file}:{fault.line}")
 
     # -- Running --
 
@@ -146,7 +147,7 @@ class Session:
             for name in block.requires:
                 if isinstance(said := found.get(name), str):
                     text = f"the probe of {name!r} raised {said}"
-                    warn(text, "gate", f"{block.file}:{block.line}")
+                    self.warn(text, "gate", f"{block.file}:{block.line}")
 
     def _require_gpu(
         self, blocks: list[Block], found: Mapping[str, bool | str]
@@ -161,7 +162,7 @@ class Session:
                         f"skipped for lack of {name!r}, which a GPU runner must have"
                         " (GUIDE_REQUIRE_GPU is set)"
                     )
-                    warn(text, "gate", f"{block.file}:{block.line}")
+                    self.warn(text, "gate", f"{block.file}:{block.line}")
 
     def check(self) -> None:
         """Type-check all blocks, unless each has a current check; warn of findings."""
@@ -178,7 +179,7 @@ class Session:
         for finding in findings:
             kind = "deprecated" if finding.rule == "deprecated" else "static"
             text = f"{finding.text} [{finding.rule}]"
-            warn(text, kind, f"{finding.block.file}:{finding.line}")
+            self.warn(text, kind, f"{finding.block.file}:{finding.line}")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.static = Results(
             {**about, "date": now},
@@ -204,7 +205,7 @@ class Session:
         try:
             everywhere = read_all(self.committed, self.here)
         except ValueError as error:
-            warn(str(error), "results")
+            self.warn(str(error), "results")
             everywhere = [self.here]
         self.everywhere = everywhere
         self.states = {
@@ -216,7 +217,7 @@ class Session:
             block = state.block
             where = f"{block.file}:{block.line}"
             if state.kind == "failed":
-                warn(f"this block {state.text}{_detail(state)}", "failed", where)
+                self.warn(f"this block {state.text}{_detail(state)}", "failed", where)
             elif state.kind != "passed" and block.id not in waiting.blocks:
                 if not ran_everything and not state.missing:
                     continue  # not selected this time
@@ -224,9 +225,9 @@ class Session:
                     f"no environment has run this block as it is now ({state.text});"
                     f" block {block.id} is not in waiting.json"
                 )
-                warn(text, "never", where)
+                self.warn(text, "never", where)
         for problem in waiting.problems(self.states, date.today()):
-            warn(problem, "waiting", "verification/waiting.json")
+            self.warn(problem, "waiting", "verification/waiting.json")
 
     def say(self, records: list[Record]) -> None:
         """Print the tally of a run."""

@@ -27,7 +27,7 @@ _MESSAGE = re.compile(
 )
 
 
-# What torch's annotations cannot say: an attribute of a module is Tensor | Module to
+# Beyond torch's annotations: an attribute of a module is Tensor | Module to
 # them, so a submodule can be neither called nor indexed.
 _LIMITS = re.compile(
     "^(Object of type `Tensor` is not callable|Cannot subscript object of type `Module`)"
