@@ -251,7 +251,7 @@ class MixedPrecisionStep:
             torch._foreach_div_(grads, self.window_weight)
         total_norm = torch.nn.utils.get_total_norm(grads)
         # Waits for the device. The norm itself decides: a scale that fell, or did not,
-        # says nothing in bfloat16, nor at a floor, nor after load_state_dict.
+        # says nothing in bfloat16, nor at a floor.
         grad_norm = total_norm.item()
         stepped = math.isfinite(grad_norm)
         if stepped:
@@ -264,6 +264,8 @@ class MixedPrecisionStep:
                 self.optimizer.step()
             if self.scheduler:
                 self.scheduler.step()
+            # Within any outer autocast, a disabled one too, the cast weights live on.
+            torch.clear_autocast_cache()
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad()

@@ -415,6 +415,43 @@ def test_a_resumed_run_has_the_same_bits(dtype: torch.dtype, stop: int) -> None:
     assert (whole[3].skipped_steps > 0) == (dtype == torch.float16)
 
 
+def test_a_saved_state_does_not_change_with_the_run() -> None:
+    """The gradients of an open window are copied out, and copied in."""
+    layer = nn.Linear(1, 1, bias=False)
+    step = MixedPrecisionStep(
+        SGD(layer.parameters()), dtype=torch.float32, accumulate_grad_batches=4
+    )
+    step(layer(torch.ones(1, 1)).mean())
+    state = step.state_dict()
+    step(layer(torch.ones(1, 1)).mean())
+    assert state["grads"][0].item() == 1.0
+
+    step.load_state_dict(state)
+    step(layer(torch.ones(1, 1)).mean())
+    assert state["grads"][0].item() == 1.0
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_outer_autocast_keeps_old_weights(enabled: bool) -> None:
+    """Each forward pass sees the weights of the last step, though autocast caches.
+
+    The cache is emptied when the outermost autocast ends, a disabled one included.
+    """
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    step = MixedPrecisionStep(SGD(layer.parameters(), lr=1.0), dtype=torch.bfloat16)
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        for _ in range(3):
+            with step.autocast():
+                loss = layer(torch.ones(1, 1)).mean()
+            seen.append(loss.item())
+            with torch.autocast("cpu", enabled=False):
+                step(loss)
+
+    assert seen == [1.0, 0.0, -1.0]
+
+
 # Formulas of the page.
 
 
