@@ -23,11 +23,13 @@ class Capability:
         probe: Answers whether this machine has it.
         gpu_runner: Every GPU runner must have it: with ``GUIDE_REQUIRE_GPU=1`` a
             block that is skipped for lack of it is an error.
+        implies: Capabilities that it includes, which a reason need not repeat.
     """
 
     needs: str
     probe: Callable[[], bool]
     gpu_runner: bool = False
+    implies: tuple[str, ...] = ()
 
 
 Findings = dict[str, bool | str]  # a string is the message of a probe that raised
@@ -79,24 +81,32 @@ def _browser() -> bool:
 CAPABILITIES: dict[str, Capability] = {
     "cuda": Capability("an NVIDIA GPU", _cuda, gpu_runner=True),
     "bf16-gpu": Capability(
-        "an NVIDIA GPU with native bfloat16", _bf16_gpu, gpu_runner=True
+        "an NVIDIA GPU with native bfloat16",
+        _bf16_gpu,
+        gpu_runner=True,
+        implies=("cuda",),
     ),
     "sm80": Capability(
         "an Ampere GPU or newer (compute capability 8.0)",
         _compute_capability(8, 0),
         gpu_runner=True,
+        implies=("cuda", "bf16-gpu"),
     ),
     "sm89": Capability(
         "an Ada GPU or newer (compute capability 8.9)",
         _compute_capability(8, 9),
         gpu_runner=True,
+        implies=("cuda", "bf16-gpu", "sm80"),
     ),
     "sm90": Capability(
-        "a Hopper GPU or newer (compute capability 9.0)", _compute_capability(9, 0)
+        "a Hopper GPU or newer (compute capability 9.0)",
+        _compute_capability(9, 0),
+        implies=("cuda", "bf16-gpu", "sm80", "sm89"),
     ),
     "sm100": Capability(
         "a Blackwell GPU or newer (compute capability 10.0)",
         _compute_capability(10, 0),
+        implies=("cuda", "bf16-gpu", "sm80", "sm89", "sm90"),
     ),
     "transformer-engine": Capability(
         "Transformer Engine with its PyTorch part",
@@ -124,4 +134,6 @@ def probe(registry: Mapping[str, Capability], names: set[str]) -> Findings:
 
 def reason(registry: Mapping[str, Capability], missing: list[str]) -> str:
     """Say what is missing, for a reader: "needs an NVIDIA GPU and bitsandbytes"."""
-    return "needs " + " and ".join(registry[name].needs for name in missing)
+    implied = {other for name in missing for other in registry[name].implies}
+    named = [name for name in missing if name not in implied]
+    return "needs " + " and ".join(registry[name].needs for name in named)

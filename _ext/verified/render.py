@@ -18,7 +18,8 @@ from .session import Session
 
 __all__ = ["Status", "VerificationStatus", "on_resolved", "outdated"]
 
-_MARKS = {"passed": "✓", "failed": "✗", "stale": "↻", "waiting": "○", "unknown": "○"}
+_MARKS = {"passed": "✓", "failed": "✗", "stale": "↻", "waiting": "○"}
+_ORDER = ("failed", "stale", "waiting", "passed")
 _WORDS = {
     "passed": "passed",
     "failed": "failed",
@@ -86,8 +87,7 @@ def on_resolved(app: Sphinx, doctree: nodes.document, _docname: str) -> None:
         states = [session.states[i] for i in ids if i in session.states]
         if not states or isinstance(node, nodes.comment):
             continue
-        order = ["failed", "stale", "waiting", "unknown", "passed"]
-        worst = min(states, key=lambda s: order.index(s.kind))
+        worst = min(states, key=lambda s: _ORDER.index(s.kind))
         last = node
         for ident in ids:
             output = outputs.get(ident)
@@ -145,17 +145,22 @@ def _tables(app: Sphinx, session: Session) -> list[nodes.Node]:
     for name, page in sorted(pages(app.env).items()):
         if not page.blocks:
             continue
-        rows: list[list[Any]] = []
-        for block in page.blocks:
-            state = session.states[block.id]
-            rows.append([
-                _link(app, name, block.anchor, f"{block.file}:{block.line}"),
+        found = [session.states[block.id] for block in page.blocks]
+        # Grouped by state, the ones to act upon first; in page order within a state.
+        found.sort(key=lambda state: _ORDER.index(state.kind))
+        rows = [
+            [
+                _link(app, name, state.block.anchor, f"line {state.block.line}"),
                 _state(state.kind),
                 state.text,
-            ])
+            ]
+            for state in found
+        ]
         title = app.env.titles[name].astext()
+        path = nodes.paragraph("", "", nodes.literal("", page.blocks[0].file))
         table = _table(["Block", "State", "Where"], rows)
-        shown.append(_section(title, table, ident=f"blocks-{nodes.make_id(name)}"))
+        ident = f"blocks-{nodes.make_id(name)}"
+        shown.append(_section(title, path, table, ident=ident))
     return shown
 
 
@@ -178,8 +183,9 @@ def _runs(session: Session) -> nodes.table:
             run.get(state.block, "passed") is not None
             for state in session.states.values()
         )
-        cells: list[Any] = [run.environment.get(k, "-")[:19] for k, _ in used]
-        cells.append(f"{current}")
+        cells = [run.environment.get(key, "-") for key, _title in used]
+        cells[1] = cells[1][:10]
+        cells.append(str(current))
         rows.append(cells)
     return _table(
         [title for _, title in used] + ["Blocks passed as they are now"], rows

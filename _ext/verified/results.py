@@ -176,8 +176,8 @@ class State:
     """What a page says of one block: its highest rung, in words.
 
     Attributes:
-        kind: "passed", "failed", "stale", "waiting" (type-checked, not run for lack
-            of a capability) or "unknown".
+        kind: "passed", "failed", "stale" (an earlier form passed somewhere) or
+            "waiting" (nothing has run it).
         text: The line under the block.
         missing: Why it was skipped here, if it was.
     """
