@@ -34,7 +34,17 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    if "transformer-engine" in found and not _installed("transformer-engine-torch"):
+        found["transformer-engine"] += " (source only)"  # the base wheel
     return found
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def probe(path: str, names: set[str], answer: Connection) -> None:
