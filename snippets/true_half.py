@@ -53,9 +53,10 @@ def lost_updates(
 ) -> dict[str, float]:
     """Predict, per parameter, the share of updates that rounding throws away.
 
-    A step of ``lr * update`` is tried on every weight, up and down, with the rounding
-    of ``torch``'s own optimizers. AdamW's update is near 1 while a gradient keeps its
-    sign and smaller when it does not, so the default answers for the best case.
+    A step of ``lr * update`` is tried on every weight, up and down, and rounded to
+    nearest once. AdamW's update is near 1 while a gradient keeps its sign and smaller
+    when it does not, so the default answers for the best case. (Optimizers that also
+    round ``lr`` or the update to 16 bits, as torch's do, shift the limit by 1 %.)
     A weight that is Inf or NaN counts as lost: no update changes it.
 
     Args:
@@ -87,12 +88,12 @@ def lost_updates(
         if not (weight.is_floating_point() and stored.is_floating_point):
             msg = f"{name} must be real floating point, got {weight.dtype} as {stored}"
             raise TypeError(msg)
-        # Like an operation on 16-bit tensors: in float32, rounded once at the end.
+        # As an operation on 16-bit tensors computes: in float32, rounded at the end.
         compute = torch.float32 if stored in _HALF else stored
         w = weight.detach().to(stored).to(compute)
         steps = [(w + sign * lr * update).to(stored) - w for sign in (1, -1)]
-        kept = sum(int((step.abs() > 0).sum()) for step in steps)
-        shares[name] = 1 - kept / (2 * w.numel()) if w.numel() else 0.0
+        lost = sum(int((~(step.abs() > 0)).sum()) for step in steps)
+        shares[name] = lost / (2 * w.numel()) if w.numel() else 0.0
     return shares
 
 
