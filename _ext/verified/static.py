@@ -27,14 +27,18 @@ _MESSAGE = re.compile(
 )
 
 
-# Beyond torch's annotations: an attribute of a module is Tensor | Module to
-# them, so a submodule can be neither called nor indexed.
+# What torch's annotations cannot say: an attribute of a module is Tensor | Module to
+# them, so a submodule can be neither called nor indexed; and a data set is a Dataset,
+# though a list does.
 _LIMITS = re.compile(
-    "^(Object of type `Tensor` is not callable|Cannot subscript object of type `Module`)"
+    "^Object of type `Tensor` is not callable$"
+    "|^Cannot subscript object of type `Module`"
+    r"|^Argument to `DataLoader.__init__` is incorrect: Expected `Dataset\[.*`list\["
 )
 _IGNORED = (
     "unused-ignore-comment",
     "missing-union-attribute",  # p.grad is Tensor | None; the block's run tells which
+    "invalid-method-override",  # each forward() takes what its own model takes
 )
 
 
