@@ -38,7 +38,9 @@ _LIMITS = re.compile(
 _IGNORED = (
     "unused-ignore-comment",
     "missing-union-attribute",  # p.grad is Tensor | None; the block's run tells which
-    "invalid-method-override",  # each forward() takes what its own model takes
+    # Each forward() takes what its own model takes.
+    "invalid-method-override",
+    "lost-keyword-for-regular-parameter",
 )
 
 
