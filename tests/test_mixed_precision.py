@@ -786,6 +786,23 @@ def test_endless_skipping_ends(dtype: torch.dtype) -> None:
     assert batch(1.0).stepped
 
 
+def test_a_scale_of_zero_harms_nothing() -> None:
+    """Torch's scaler, at a scale of 0, divides 0 by 0 and takes the step; ours skips."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.0)
+    torch.autograd.backward(scaler.scale(weight.sum()))
+    scaler.step(optimizer)
+    assert weight.isnan().all()
+
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.0)
+    step = MixedPrecisionStep(optimizer, dtype=torch.float16, scaler=scaler)
+    assert step(weight.sum()).skipped
+    assert weight.item() == 1.0
+
+
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     """Wrong dtype, window, parameters or keys: an error, and the old state."""
     layer = nn.Linear(2, 1)
