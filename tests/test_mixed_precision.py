@@ -787,7 +787,7 @@ def test_endless_skipping_ends(dtype: torch.dtype) -> None:
 
 
 def test_a_scale_of_zero_harms_nothing() -> None:
-    """Torch's scaler, at a scale of 0, divides 0 by 0 and takes the step; ours skips."""
+    """At a scale of 0 torch divides 0 by 0 and takes the step; this one is skipped."""
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=0.0)
