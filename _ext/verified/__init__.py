@@ -23,23 +23,37 @@ Configuration (all optional):
 - ``verified_save``: a folder in which ``-b doctest`` writes results to commit.
 """
 
-from typing import Any
+from __future__ import annotations
 
-from sphinx.application import Sphinx
-from sphinx.config import Config
-from sphinx.environment import BuildEnvironment
+from typing import TYPE_CHECKING, Any
 
-from . import blocks, builders, environment, render
-from .session import Session
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.config import Config
+    from sphinx.environment import BuildEnvironment
+
+# Sphinx is imported below, when it is Sphinx that calls: the processes that run pages
+# import this package too, and must start at once.
 
 _WRITES_PAGES = {"html", "dirhtml", "singlehtml", "epub"}
 
 
 def _on_config(app: Sphinx, config: Config) -> None:
+    from . import environment
+
     app.verified_registry = environment.load(config.verified_registry)  # type: ignore[attr-defined]
+    # Sphinx reads all pages again when this differs, so that their hashes are new.
+    config.verified_setup = repr([
+        config.doctest_global_setup,
+        config.doctest_global_cleanup,
+        config.doctest_default_flags,
+    ])
 
 
 def _on_updated(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    from . import render
+    from .session import Session
+
     session = Session(app)
     app.verified = session  # type: ignore[attr-defined]
     session.report_faults()
@@ -55,6 +69,8 @@ def _on_updated(app: Sphinx, env: BuildEnvironment) -> list[str]:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register directives, builders and events."""
+    from . import blocks, builders, render
+
     app.setup_extension("sphinx.ext.doctest")
     app.add_directive("testcode", blocks.Testcode, override=True)
     app.add_directive("doctest", blocks.Doctest, override=True)
@@ -74,6 +90,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("verified_local", "build/verification", "", str)
     app.add_config_value("verified_committed", "verification", "", str)
     app.add_config_value("verified_save", "", "", str)
+    app.add_config_value("verified_setup", "", "env", str)
     app.connect("config-inited", _on_config)
     app.connect("doctree-read", blocks.on_doctree_read, priority=900)
     app.connect("env-purge-doc", blocks.on_purge)

@@ -9,6 +9,7 @@ import ast
 import doctest
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,20 @@ from sphinx.ext.doctest import (
 
 from .outputs import expected_exception, vague
 
-__all__ = ["Block", "Fault", "Page", "pages"]
+__all__ = ["Block", "Fault", "Page", "pages", "status_pages"]
 
 # Raise it when a change of this extension makes every earlier result worthless.
 HASH_VERSION = "1"
 
-_PYTHON = {"python", "python3", "py", "py3", "pycon", "pycon3", "ipython", "ipython3"}
+_PYTHON = re.compile(
+    r"(i?py|i?python|pycon)\d*(-?console)?|sage|numpy|testcode|testoutput|doctest"
+)
+# What Sphinx calls a block whose author named no language (``highlight_language``).
+_UNNAMED = {"", "default", "none"}
 _HIDDEN_FLAGS = ("SKIP", "IGNORE_EXCEPTION_DETAIL", "FAIL_FAST")
+_EXAMPLE = doctest.DocTestParser._EXAMPLE_RE  # type: ignore[attr-defined]
+# ``.. testcode:`` is a comment to reST, with all that is indented under it.
+_MISTYPED = re.compile(r"(testcode|testoutput|doctest|code-block|literalinclude) ?:")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Block:
         file: The page's (or included file's) path, relative to the project.
         line: The line of ``file`` that holds the first line of the code.
         want: What the page shows as output; None for a ``testcode`` without any.
+        flags: Doctest's option flags, by name, and whether each is on.
         requires: Capabilities without which it is skipped.
         wrong: Static findings that are the point of the block.
         digest: Hash of the global setup, the earlier blocks of the group, this code,
@@ -73,7 +82,7 @@ class Block:
     line: int
     code: str
     want: str | None
-    flags: dict[int, bool]
+    flags: dict[str, bool]
     requires: tuple[str, ...]
     wrong: tuple[str, ...]
     digest: str = ""
@@ -93,6 +102,14 @@ def pages(env: BuildEnvironment) -> dict[str, Page]:
     if not hasattr(env, "verified_pages"):
         env.verified_pages = {}  # type: ignore[attr-defined]
     found: dict[str, Page] = env.verified_pages  # type: ignore[attr-defined]
+    return found
+
+
+def status_pages(env: BuildEnvironment) -> set[str]:
+    """Return the pages that show the tables of ``verification-status``."""
+    if not hasattr(env, "verified_status"):
+        env.verified_status = set()  # type: ignore[attr-defined]
+    found: set[str] = env.verified_status  # type: ignore[attr-defined]
     return found
 
 
@@ -182,6 +199,8 @@ def on_doctree_read(app: Sphinx, doctree: nodes.document) -> None:
             reader.shown(node, "a bare >>> paragraph is not run: use doctest")
         elif isinstance(node, nodes.literal_block):
             reader.literal(node)
+        elif isinstance(node, nodes.comment):
+            reader.comment(node)
     reader.finish()
     pages(app.env)[docname] = reader.page
 
@@ -189,6 +208,7 @@ def on_doctree_read(app: Sphinx, doctree: nodes.document) -> None:
 def on_purge(_app: Sphinx, env: BuildEnvironment, docname: str) -> None:
     """Forget a page that is removed or read again."""
     pages(env).pop(docname, None)
+    status_pages(env).discard(docname)
 
 
 def on_merge(
@@ -196,6 +216,7 @@ def on_merge(
 ) -> None:
     """Take over the pages that a parallel reader has read."""
     pages(env).update((name, pages(other)[name]) for name in docnames)
+    status_pages(env).update(status_pages(other) & docnames)
 
 
 class _Reader:
@@ -237,26 +258,31 @@ class _Reader:
         self.fault("python-not-run", node, text)
 
     def literal(self, node: nodes.literal_block) -> None:
-        language = str(node.get("language") or "default").lower()
+        language = _language(node)
         text = node.astext()
-        if source := node.get("source"):  # a literalinclude
-            snippets = (self.root / "snippets").resolve()
-            is_python = language in _PYTHON or str(source).endswith(".py")
-            if is_python and snippets not in Path(source).resolve().parents:
-                self.shown(
-                    node,
-                    "this included Python is not tested: only files of snippets/ are",
-                )
-        elif language in _PYTHON:
+        if source := node.get("source"):  # an included file
+            path = Path(source).resolve()
+            if (self.root / "snippets").resolve() in path.parents:
+                return
+            if _PYTHON.fullmatch(language) or path.suffix in {".py", ".pyi"}:
+                text = "this included Python is not tested: only files of snippets/ are"
+                self.shown(node, text)
+                return
+        if _PYTHON.fullmatch(language):
             self.shown(node, "this Python is shown but never run: use testcode")
         elif re.search(r"^\s*>>> ", text, re.MULTILINE):
             self.shown(node, "this >>> example is shown but never run: use doctest")
-        elif language == "default" and _reads_as_python(text):
+        elif language in _UNNAMED and _reads_as_python(text):
             self.shown(
                 node,
                 "this literal block reads as Python but is never run: use testcode,"
                 " or name its language",
             )
+
+    def comment(self, node: nodes.comment) -> None:
+        if match := _MISTYPED.match(node.astext()):
+            text = f"this is a comment, which nobody sees: write {match[1]}::"
+            self.fault("hidden", node, text)
 
     # -- Blocks --
 
@@ -291,7 +317,8 @@ class _Reader:
             if option in stated and kind != "doctest":
                 self.fault("option", node, f"{kind} ignores :{option}:")
         for flag in _HIDDEN_FLAGS:
-            if node["options"].get(doctest.OPTIONFLAGS_BY_NAME[flag]):
+            on = node["options"].get(doctest.OPTIONFLAGS_BY_NAME[flag])
+            if on and not (flag == "SKIP" and "pyversion" in stated):
                 self.fault("skip", node, f"+{flag} hides what happens")
 
     def _code(self, node: nodes.Element, kind: str, about: Any) -> None:
@@ -306,12 +333,17 @@ class _Reader:
                 self.fault("gate", node, text)
         if "requires" in about["stated"] and not requires:
             self.fault("gate", node, ":requires: names no capability")
+        if "wrong" in about["stated"] and not about["wrong"]:
+            self.fault("option", node, ":wrong: names no finding")
         self._check_code(node, kind, code, line)
         key = about["name"] or str(self.count)
+        if about["name"] and not re.fullmatch(r"[A-Za-z][\w-]*", key):
+            text = f"the name {key!r} is not letters, digits, '-' and '_'"
+            self.fault("option", node, text)
         if key in self.names:
             self.fault("option", node, f"the name {key!r} is taken on this page")
         self.names.add(key)
-        groups = node["groups"]
+        groups = list(dict.fromkeys(node["groups"]))
         if "*" in groups:
             text = "the group '*' would run this block where no reader sees it"
             self.fault("hidden", node, text)
@@ -327,7 +359,7 @@ class _Reader:
                 line=line,
                 code=code,
                 want=None,
-                flags=dict(node["options"]) if kind == "doctest" else {},
+                flags=_named(node["options"]),
                 requires=requires,
                 wrong=tuple(about["wrong"]),
             )
@@ -338,8 +370,11 @@ class _Reader:
         node["verified_ids"] = [block.id for block in made]
 
     def _output(self, node: nodes.Element, about: Any) -> None:
-        want = node.get("test", node.astext())
-        for group in node["groups"]:
+        want = node.astext()
+        if not want.strip(". \n"):
+            text = "any output would match: show what is printed"
+            self.fault("output", node, text)
+        for group in dict.fromkeys(node["groups"]):
             code = self.last.get(group)
             if code is None:
                 text = f"this output belongs to no testcode (group {group!r})"
@@ -366,19 +401,13 @@ class _Reader:
                 self.fault("exception", node, "any message would match: write it out")
             for block in blocks:
                 block.want = want + "\n"
-                block.flags = dict(node["options"])
-            code["verified_output"] = True
+                block.flags = _named(node["options"])
             node["verified_output_of"] = [block.id for block in blocks]
 
     def _check_code(self, node: nodes.Element, kind: str, code: str, line: int) -> None:
         if kind == "testcode":
-            try:
-                tree = ast.parse(code)
-            except SyntaxError as error:
-                text = f"this code does not parse: {error.msg}"
-                self.fault("syntax", node, text, line + (error.lineno or 1) - 1)
-                return
-            if not tree.body:
+            self._compile(node, code, "exec", line)
+            if not any(map(_is_code, code.splitlines())):
                 self.fault("syntax", node, "this block holds no code")
             return
         try:
@@ -386,26 +415,38 @@ class _Reader:
         except ValueError as error:
             match = re.search(r"line (\d+)", str(error))
             at = line + int(match[1]) - 1 if match else line
-            text = re.sub(r"line \d+ of the docstring for \S+ ", "", str(error))
+            text = re.sub(r"line \d+ of the doc\w+ for \S+ ", "", str(error))
             self.fault("syntax", node, f"invalid doctest: {text}", at)
             return
         if not examples:
             self.fault("syntax", node, "this doctest has no >>> prompt: nothing runs")
+            return
         for example in examples:
-            at = line + example.lineno
-            for flag in _HIDDEN_FLAGS:
-                if example.options.get(doctest.OPTIONFLAGS_BY_NAME[flag]):
-                    self.fault("skip", node, f"+{flag} hides what happens", at)
-            if example.exc_msg and vague(example.exc_msg):
-                text = "any message would match: write it out"
-                self.fault("exception", node, text, at)
-            if (example.exc_msg or "").startswith("SyntaxError"):
-                continue
-            try:
-                ast.parse(example.source)
-            except SyntaxError as error:
-                text = f"this code does not parse: {error.msg}"
-                self.fault("syntax", node, text, at + (error.lineno or 1) - 1)
+            self._example(node, example, line + example.lineno)
+        for at in _unattached(code):
+            text = "this text belongs to no example: a blank line ended the output"
+            self.fault("output", node, text, line + at)
+
+    def _example(self, node: nodes.Element, example: doctest.Example, at: int) -> None:
+        for flag in _HIDDEN_FLAGS:
+            if example.options.get(doctest.OPTIONFLAGS_BY_NAME[flag]):
+                self.fault("skip", node, f"+{flag} hides what happens", at)
+        if example.exc_msg and vague(example.exc_msg):
+            text = "any message would match: write it out"
+            self.fault("exception", node, text, at)
+        if not (example.exc_msg or "").startswith("SyntaxError"):
+            self._compile(node, example.source, "single", at)
+
+    def _compile(self, node: nodes.Element, code: str, mode: str, line: int) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # "\d", x is 1
+                compile(code, "page", mode, dont_inherit=True)
+        except SyntaxError as error:
+            text = f"this code does not compile: {error.msg}"
+            self.fault("syntax", node, text, line + (error.lineno or 1) - 1)
+        except ValueError as error:  # a null byte
+            self.fault("syntax", node, f"this code does not compile: {error}")
 
     # -- Hashes --
 
@@ -442,6 +483,36 @@ def _ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
     while node.parent is not None:
         node = node.parent
         yield node
+
+
+def _language(node: nodes.literal_block) -> str:
+    """Return the block's language, in lower case; ``include`` keeps it in a class."""
+    classes: list[str] = node.get("classes", [])
+    stated = classes[1] if classes[:1] == ["code"] and len(classes) > 1 else ""
+    return str(stated or node.get("language") or "").lower()
+
+
+def _named(flags: dict[int, bool]) -> dict[str, bool]:
+    # A flag's number depends on who registered one first in this process.
+    return {
+        name: flags[bit]
+        for name, bit in doctest.OPTIONFLAGS_BY_NAME.items()
+        if bit in flags
+    }
+
+
+def _unattached(code: str) -> Iterator[int]:
+    """Yield the first line of each text that a doctest shows and never compares."""
+    end = 0
+    matches = list(_EXAMPLE.finditer(code))
+    for start, after in [*((m.start(), m.end()) for m in matches), (len(code), 0)]:
+        if text := code[end:start].strip():
+            yield code.count("\n", 0, code.index(text, end))
+        end = after
+
+
+def _is_code(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
 def _reads_as_python(text: str) -> bool:

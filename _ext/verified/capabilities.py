@@ -8,10 +8,12 @@ the probe, and is reported at each block that asked.
 
 import importlib
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["CAPABILITIES", "Capability", "Findings", "probe"]
+__all__ = ["CAPABILITIES", "Capability", "Findings", "device", "probe", "reason"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,28 @@ def reason(registry: Mapping[str, Capability], missing: list[str]) -> str:
     implied = {other for name in missing for other in registry[name].implies}
     named = [name for name in missing if name not in implied]
     return "needs " + " and ".join(registry[name].needs for name in named)
+
+
+def device() -> dict[str, str]:
+    """Return the device; of a GPU also the ``cuda`` and ``driver`` versions."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return {"device": "CPU"}
+    if not torch.cuda.is_available():
+        return {"device": "CPU"}
+    about = {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    if driver := _driver():
+        about["driver"] = driver
+    return about
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.split("\n", 1)[0].strip() if out.returncode == 0 else ""

@@ -4,11 +4,9 @@ import importlib
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from typing import Any
 
 from . import capabilities
 
@@ -48,36 +46,15 @@ def _installed(name: str) -> bool:
 
 
 def probe(path: str, names: set[str], answer: Connection) -> None:
-    """Send the capabilities and the device of this machine; runs in a child."""
+    """Send the capabilities and the device of this machine; runs in a child.
+
+    The registry's module knows both: it has ``device()`` beside the capabilities.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     registry = load(path)
     known = {name for name in names if name in registry}
+    device = importlib.import_module(path.partition(":")[0]).device
     answer.send((capabilities.probe(registry, known), device()))
-
-
-def device() -> dict[str, str]:
-    """Return the device; of a GPU also the ``cuda`` and ``driver`` versions."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        return {"device": "CPU"}
-    if not torch.cuda.is_available():
-        return {"device": "CPU"}
-    about = {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    if driver := _driver():
-        about["driver"] = driver
-    return about
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        out = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return out.stdout.split("\n", 1)[0].strip() if out.returncode == 0 else ""
 
 
 def slug(name: str) -> str:

@@ -8,20 +8,20 @@ changes (default dtype, working directory, a crash) reaches the next page.
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import Any
 
 from . import capabilities, environment
 from .blocks import Block
-from .worker import Code, Job, Outcome, run
+from .worker import Code, Job, Outcome, run, start
 
 __all__ = ["Runner"]
 
-_GRACE = 10.0  # seconds after a block's own limit until its process is killed
+_GRACE = 5.0  # seconds after a block's own limit until its process is killed
 
 
 class Runner:
@@ -50,7 +50,10 @@ class Runner:
         # Pages share the processors; threads of one would wait for those of another.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["verified.worker", *preload])
+        # Before Python 3.12.8 the server finds only what is installed: doctest is what
+        # takes long in the worker's imports.
+        modules = ["verified.worker", "doctest", "tempfile", *preload]
+        self._context.set_forkserver_preload(modules)
         self.registry_path = registry
         self.registry = environment.load(registry)
         self.jobs = jobs
@@ -67,9 +70,6 @@ class Runner:
         """Probe capabilities, and describe the machine, in a process of their own.
 
         Asking a GPU initializes CUDA, which no process may do before it forks.
-
-        Raises:
-            RuntimeError: A probe ended its process.
         """
         with _child(self._context, environment.probe, (self.registry_path, names)) as (
             answer,
@@ -78,9 +78,8 @@ class Runner:
             try:
                 found: tuple[capabilities.Findings, dict[str, str]] = answer.recv()
             except EOFError:
-                process.join()
-                msg = f"a capability probe ended its process ({_how(process)})"
-                raise RuntimeError(msg) from None
+                how = f"it, or one probed with it, {_ended(process)}"
+                found = dict.fromkeys(names, how), {"device": "CPU"}
             return found
 
     def run(
@@ -128,7 +127,10 @@ class Runner:
     def _run(self, job: Job) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}
         current: str | None = None
-        with _child(self._context, run, (job,)) as (answer, process):
+        with (
+            _folder(job.files) as folder,
+            _child(self._context, run, (job, folder)) as (answer, process),
+        ):
             while True:
                 if not answer.poll(job.time_limit + _GRACE):
                     why = f"took longer than its limit of {job.time_limit:g} s"
@@ -136,8 +138,7 @@ class Runner:
                 try:
                     said = answer.recv()
                 except EOFError:
-                    process.join()
-                    why = f"ended the process that ran it ({_how(process)})"
+                    why = _ended(process)
                     break
                 if said is None:
                     return outcomes
@@ -167,10 +168,19 @@ class Runner:
 
 
 @contextlib.contextmanager
+def _folder(files: Iterable[str]) -> Iterator[str]:
+    # Belongs to the parent: a page that kills its process leaves nothing behind.
+    with tempfile.TemporaryDirectory(prefix="page-") as folder:
+        for file in files:
+            shutil.copy(file, folder)
+        yield folder
+
+
+@contextlib.contextmanager
 def _child(context: Any, target: Any, args: tuple[Any, ...]) -> Iterator[Any]:
     # Start target(*args, connection); leave no process behind.
     answer, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_quiet, args=(target, args, theirs), daemon=False)
+    process = context.Process(target=start, args=(target, args, theirs), daemon=False)
     process.start()
     theirs.close()
     try:
@@ -183,15 +193,10 @@ def _child(context: Any, target: Any, args: tuple[Any, ...]) -> Iterator[Any]:
             process.join()
 
 
-def _quiet(target: Any, args: tuple[Any, ...], connection: Connection) -> None:
-    # What a dying interpreter prints belongs to the block, not to the console.
-    with tempfile.TemporaryFile() as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    target(*args, connection)
-
-
-def _how(process: Any) -> str:
+def _ended(process: Any) -> str:
+    process.join(_GRACE)
     code = process.exitcode
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit status {code}"
+    if code is None:
+        return "cut its process off from the runner"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return f"ended the process that ran it ({how})"
