@@ -159,7 +159,8 @@ def sphinx_versions(session: nox.Session, sphinx: str) -> None:
     allowed = pin("sphinx")
     oldest = re.sub(r">=([\d.]+).*", r"==\1.0", allowed)
     wanted = {"oldest": oldest, "newest": allowed}[sphinx]
-    session.install("--quiet", "--upgrade", wanted, pin("myst-parser"), pin("pytest"))
+    options = ["--quiet", "--upgrade"]
+    session.install(*options, wanted, *map(pin, ["myst-parser", "pytest", "ty"]))
     session.run("python", "-m", "sphinx", "--version")
     session.run("python", "-m", "pytest", "-q", "tests/test_traps.py")
 
