@@ -124,7 +124,10 @@ def _visit_math_block(self: HTML5Translator, node: nodes.math_block) -> None:
     Raises:
         SkipNode: Always: its text is written.
     """
-    self.body.append(self.starttag(node, "div", CLASS="math notranslate nohighlight"))
+    # Too wide for a phone it scrolls, and a keyboard must get to what scrolls.
+    self.body.append(
+        self.starttag(node, "div", CLASS="math notranslate nohighlight", TABINDEX="0")
+    )
     if node["number"]:
         number = get_node_equation_number(self, node)
         self.body.append(f'<span class="eqno">({number})')
