@@ -239,7 +239,6 @@ class TrueHalfAdamW(torch.optim.Optimizer):
             [],
             [state["step"]],
             foreach=False,
-            has_complex=p.is_complex(),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
