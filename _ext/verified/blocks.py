@@ -240,11 +240,11 @@ class _Reader:
         if about:
             return self._relative(about["at"][0]), about["at"][1]
         source, line = node.source, node.line
-        parent = node.parent
-        while line is None and parent is not None:
-            source, line, parent = parent.source, parent.line, parent.parent
         path = source if source and Path(source).is_file() else None
-        return self._relative(path or str(self.env.doc2path(self.docname))), line or 1
+        path = path or str(self.env.doc2path(self.docname))
+        # The line known is that of the directive, if that: in MyST it may be 1.
+        line = _search(Path(path), node.astext().splitlines(), line or 1)
+        return self._relative(path), line
 
     def _relative(self, path: str) -> str:
         try:
@@ -282,7 +282,11 @@ class _Reader:
     def comment(self, node: nodes.comment) -> None:
         if match := _MISTYPED.match(node.astext()):
             text = f"this is a comment, which nobody sees: write {match[1]}::"
-            self.fault("hidden", node, text)
+            file, _ = self._where(node)
+            lines = Path(self.root, file).read_text("utf-8").splitlines()[: node.line]
+            written = node.astext().partition("\n")[0]  # and node.line is the end
+            at = max(n for n, line in enumerate(lines, 1) if written in line)
+            self.fault("hidden", node, text, at)
 
     # -- Blocks --
 

@@ -45,10 +45,14 @@ _TAKE_ARGUMENTS = {
 }
 
 
-def find(parts: Iterable[tuple[int, ast.Module]]) -> Iterator[tuple[int, str]]:
-    """Yield (line, message) for each such name in the parts of one group of blocks."""
+def find(parts: Iterable[tuple[int, ast.Module]]) -> Iterator[tuple[int, int, str]]:
+    """Yield (number of the part, line, message) for each such name in some code.
+
+    Args:
+        parts: The code of a group of blocks in order: first lines and syntax trees.
+    """
     aliases: dict[str, str] = {}
-    for start, tree in parts:
+    for number, (start, tree) in enumerate(parts):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
@@ -66,9 +70,10 @@ def find(parts: Iterable[tuple[int, ast.Module]]) -> Iterator[tuple[int, str]]:
                     is_old = name == old or name.startswith(f"{old}.")
                     if is_old and line not in seen:
                         seen.add(line)
-                        yield line, f"{old} is deprecated: write {new}"
+                        yield number, line, f"{old} is deprecated: write {new}"
             if isinstance(node, ast.Call):
-                yield from _arguments(node, start)
+                for line, text in _arguments(node, start):
+                    yield number, line, text
 
 
 def _named(node: ast.AST, aliases: dict[str, str]) -> Iterator[str]:

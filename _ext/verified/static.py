@@ -1,18 +1,20 @@
 """Type-check every block, those for a GPU first of all, without running any.
 
-The blocks of a page and group become one Python file in which each line has its own
-number on the page, so that the checker's messages can name it. Transformer Engine's
-base wheel holds its whole Python source, which is all that a checker needs.
+The blocks of a page and group become one Python file, of which each line is known to
+come from a line of the page, so that messages can name that. Transformer Engine's base
+wheel holds its whole Python source, which is all that a checker needs.
 """
 
-import ast
 import doctest
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from sphinx.errors import SphinxError
 
 from . import deprecated
 from .blocks import Block, trees
@@ -25,7 +27,7 @@ _MESSAGE = re.compile(
     r"^(?P<file>.+?):(?P<line>\d+):(?P<column>\d+): "
     r"\w+\[(?P<rule>[\w-]+)\]:? (?P<text>.*)$"
 )
-
+_SUMMARY = re.compile(r"Found \d+ diagnostics?|All checks passed!")
 
 # What torch's annotations cannot say: an attribute of a module is Tensor | Module to
 # them, so a submodule can be neither called nor indexed; and a data set is a Dataset,
@@ -39,7 +41,7 @@ _IGNORED = (
     "unused-ignore-comment",
     "missing-union-attribute",  # p.grad is Tensor | None; the block's run tells which
     # Each forward() takes what its own model takes.
-    "invalid-method-override",
+    "incompatible-method-override",
     "lost-keyword-for-regular-parameter",
 )
 
@@ -51,6 +53,14 @@ class Finding:
     block: Block
     line: int
     rule: str
+    text: str
+
+
+class _Line(NamedTuple):
+    """A line of an extracted file, and where it comes from."""
+
+    block: Block
+    line: int
     text: str
 
 
@@ -86,51 +96,40 @@ def _unannounced(
 
 def _extract(
     groups: Mapping[tuple[str, str], list[Block]], folder: Path
-) -> dict[str, list[Block]]:
-    """Write one file a group; return its blocks by file name."""
+) -> dict[str, list[_Line]]:
+    """Write one file a group; return the lines of each by its name."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.py"):
         old.unlink()
     made = {}
-    for (page, group), blocks in groups.items():
-        by_file: dict[str, list[Block]] = {}
-        for block in blocks:
-            by_file.setdefault(block.file, []).append(block)
-        # An included file has lines of its own, so it is a module of its own.
-        for number, (_file, own) in enumerate(sorted(by_file.items())):
-            name = re.sub(r"\W", "_", f"{page}__{group}__{number}") + ".py"
-            (folder / name).write_text(_source(own), "utf-8")
-            made[name] = own
+    for number, ((page, group), blocks) in enumerate(groups.items()):
+        name = re.sub(r"\W", "_", f"{page}__{group}__{number}") + ".py"
+        lines = [line for block in blocks for line in _lines(block)]
+        (folder / name).write_text("".join(f"{line.text}\n" for line in lines), "utf-8")
+        made[name] = lines
     return made
 
 
-def _source(blocks: Iterable[Block]) -> str:
-    lines: list[str] = []
-    for block in blocks:
-        for at, code in _parts(block):
-            lines += [""] * (at - 1 - len(lines))
-            lines[at - 1 :] = code.rstrip("\n").split("\n")
-    return "\n".join(lines) + "\n"
-
-
-def _parts(block: Block) -> list[tuple[int, str]]:
-    """Return (line, code); code whose point is its exception is left out."""
-    if next(trees(block), None) is None:
-        return []  # it does not parse, which is a fault of its own
-    if block.kind == "testcode":
-        return [] if expected_exception(block.want) else [(block.line, block.code)]
-    return [
-        (block.line + example.lineno, example.source)
-        for example in doctest.DocTestParser().get_examples(block.code, block.file)
-        if not example.exc_msg
-    ]
+def _lines(block: Block) -> Iterator[_Line]:
+    """Yield a block's code, without the parts whose point is their exception."""
+    parts = [(block.line, block.code, expected_exception(block.want))]
+    if block.kind == "doctest":
+        try:
+            examples = doctest.DocTestParser().get_examples(block.code, block.file)
+        except ValueError:
+            return  # which is a fault of its own
+        parts = [(block.line + e.lineno, e.source, e.exc_msg) for e in examples]
+    for start, code, exception in parts:
+        if not exception:
+            for number, text in enumerate(code.rstrip("\n").split("\n"), start):
+                yield _Line(block, number, text)
 
 
 # -- The checks ------------------------------------------------------------------------
 
 
 def _type_check(
-    files: Mapping[str, list[Block]], folder: Path, root: Path
+    files: Mapping[str, list[_Line]], folder: Path, root: Path
 ) -> list[Finding]:
     command = [
         *(sys.executable, "-m", "ty", "check", "--output-format", "concise"),
@@ -144,45 +143,37 @@ def _type_check(
     )
     if done.returncode:
         msg = f"ty ended with status {done.returncode}: {done.stderr.strip()}"
-        raise RuntimeError(msg)
+        raise SphinxError(msg)
     found = []
     for text in done.stdout.splitlines():
-        match = _MESSAGE.match(text)
-        if match and not _beyond_annotations(match, folder):
-            line = int(match["line"])
-            blocks = files[Path(match["file"]).name]
-            block = max(
-                (b for b in blocks if b.line <= line),
-                key=lambda b: b.line,
-                default=blocks[0],
-            )
-            found.append(Finding(block, line, match["rule"], match["text"]))
+        if match := _MESSAGE.match(text):
+            at = files[Path(match["file"]).name][int(match["line"]) - 1]
+            if not _no_finding(match, at.text):
+                found.append(Finding(at.block, at.line, match["rule"], match["text"]))
+        elif not _SUMMARY.fullmatch(text):
+            msg = f"ty says something that is not about a block: {text}"
+            raise SphinxError(msg)
     return found
 
 
-def _beyond_annotations(message: re.Match[str], folder: Path) -> bool:
-    """Tell whether a message comes from what annotations cannot say."""
+def _no_finding(message: re.Match[str], code: str) -> bool:
+    """Tell whether a message says nothing, or what annotations cannot say."""
     if _LIMITS.search(message["text"]):
         return True
+    if message["rule"] == "invalid-syntax":  # found already, when the page was read
+        return True
     # To the checker each value of an unpacked dict has the type of all its values.
-    lines = Path(folder, message["file"]).read_text("utf-8").splitlines()
-    code = lines[int(message["line"]) - 1][int(message["column"]) - 1 :]
-    return code.startswith("**") and message["rule"] == "invalid-argument-type"
+    unpacked = code[int(message["column"]) - 1 :].startswith("**")
+    return unpacked and message["rule"] == "invalid-argument-type"
 
 
 def _deprecated(blocks: list[Block]) -> list[Finding]:
-    found = []
-    # One pass for the aliases of the whole group, one report for each block.
-    everything: list[tuple[int, ast.Module]] = []
-    owners: list[tuple[int, Block]] = []
-    for block in blocks:
-        for line, tree in trees(block):
-            everything.append((line, tree))
-            owners.append((line, block))
-    for line, text in deprecated.find(everything):
-        block = max((o for o in owners if o[0] <= line), key=lambda o: o[0])[1]
-        found.append(Finding(block, line, "deprecated", text))
-    return found
+    # All blocks of the group together: one imports what another uses.
+    parts = [(block, *part) for block in blocks for part in trees(block)]
+    return [
+        Finding(parts[number][0], line, "deprecated", text)
+        for number, line, text in deprecated.find([part[1:] for part in parts])
+    ]
 
 
 def version() -> str:
