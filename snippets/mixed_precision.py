@@ -2,7 +2,7 @@
 
 Copy this file into your project; it needs only ``torch`` (2.6 or newer).
 
-    Guide:   source/guide/mixed_precision.md
+    Guide:   guide/mixed_precision
     Tests:   tests/test_mixed_precision.py
     Sources: Micikevicius et al. 2018, arXiv:1710.03740, sections 3.1 (float32 main
              weights) and 3.2 (loss scaling); PyTorch, "Automatic Mixed Precision
