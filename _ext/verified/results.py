@@ -24,7 +24,6 @@ __all__ = [
     "State",
     "Waiting",
     "judge",
-    "read_all",
     "tally",
     "write_junit",
 ]
@@ -116,12 +115,6 @@ def read(path: Path, *, local: bool = False) -> Results:
     return Results(environment, {r.id: r for r in records}, local=local)
 
 
-def read_all(folder: Path, here: Results) -> list[Results]:
-    """Return ``here`` and every committed environment, the local one first."""
-    others = (p for p in sorted(folder.glob("*.json")) if p.name != "waiting.json")
-    return [here, *(read(path) for path in others)]
-
-
 # -- The blocks that nothing has run yet ---------------------------------------------
 
 
@@ -138,11 +131,20 @@ class Waiting:
 
     @classmethod
     def read(cls, path: Path) -> "Waiting":
-        """Read the list; an absent file is an empty list."""
+        """Read the list; an absent file is an empty list.
+
+        Raises:
+            ValueError: The file is not such a list.
+        """
         if not path.is_file():
             return cls()
-        content = json.loads(path.read_text("utf-8"))
-        return cls(int(content["at_most"]), dict(content["blocks"]))
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            blocks = {key: dict(entry) for key, entry in content["blocks"].items()}
+            return cls(int(content["at_most"]), blocks)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            msg = f"{path.name} is not a waiting list: {error!r}"
+            raise ValueError(msg) from error
 
     def problems(self, states: Mapping[str, "State"], today: date) -> list[str]:
         """Say what is wrong with the list itself."""

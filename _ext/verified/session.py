@@ -1,7 +1,7 @@
 """What one Sphinx build knows: its blocks, the results so far, and how to get more."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from .results import (
     Waiting,
     judge,
     read,
-    read_all,
     tally,
 )
 from .runner import Runner
@@ -202,17 +201,17 @@ class Session:
 
     def judge(self, *, ran_everything: bool = True) -> None:
         """Find each block's state; warn of those that no page may have."""
-        try:
-            everywhere = read_all(self.committed, self.here)
-        except ValueError as error:
-            self.warn(str(error), "results")
-            everywhere = [self.here]
-        self.everywhere = everywhere
+        everywhere = self.everywhere = [self.here, *self._committed()]
         self.states = {
             b.id: judge(b, everywhere, self.static, self.registry)
             for b in self.blocks()
         }
-        waiting = Waiting.read(self.committed / "waiting.json")
+        listed = self.committed / "waiting.json"
+        try:
+            waiting = Waiting.read(listed)
+        except ValueError as error:
+            self.warn(str(error), "waiting", self._name(listed))
+            waiting = Waiting()
         for state in self.states.values():
             block = state.block
             where = f"{block.file}:{block.line}"
@@ -227,7 +226,19 @@ class Session:
                 )
                 self.warn(text, "never", where)
         for problem in waiting.problems(self.states, date.today()):
-            self.warn(problem, "waiting", "verification/waiting.json")
+            self.warn(problem, "waiting", self._name(listed))
+
+    def _committed(self) -> Iterator[Results]:
+        for path in sorted(self.committed.glob("*.json")):
+            if path.name == "waiting.json":
+                continue
+            try:
+                yield read(path)
+            except ValueError as error:
+                self.warn(str(error), "results", self._name(path))
+
+    def _name(self, path: Path) -> str:
+        return f"{self.app.config.verified_committed}/{path.name}"
 
     def say(self, records: list[Record]) -> None:
         """Print the tally of a run."""

@@ -164,8 +164,8 @@ def _block(job: Job, code: Code, namespace: dict[str, Any], printed: _Tape) -> O
             problem = _examples(job, code, namespace, printed)
     except _TooLong as error:
         problem = f"{too_long}\n{_traceback(error, code.file)}"
-    except BaseException:
-        problem = traceback.format_exc()
+    except BaseException as error:
+        problem = f"could not be run: {raised(error)}{traceback.format_exc()}"
     seconds = time.perf_counter() - began
     if not problem and seconds > job.time_limit:  # it caught what should stop it
         problem = too_long
