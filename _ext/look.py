@@ -61,8 +61,11 @@ _PROMPTS = r">>> |\.\.\.(?: |$)|\$ "
 # What a reader copies is code: never the output under it.
 _COPIED = "div:not(.highlight-none):not(.highlight-text) > div.highlight pre"
 
-
-_ACCENT = re.compile(r"(\\(?:hat|tilde|bar|dot|vec))\{(\w)\}")
+_ACCENT = re.compile(
+    r"<munderover>\s*(<mi\b[^>]*>[^<]*</mi>)(.*?)"
+    r'(<mo stretchy="false">[^<]</mo>)\s*</munderover>',
+    re.DOTALL,
+)
 _BAR = '<mo stretchy="false">|</mo>'
 _FENCE = re.compile("<mo>([⌊⌋⌈⌉])</mo>")
 
@@ -142,11 +145,12 @@ def _mathml(node: nodes.Element, *, as_block: bool) -> str:
     """Translate a formula; one that cannot be translated is a located warning."""
     formula = node.astext()
     try:
-        # docutils takes the t of "\hat{v}_t" for a limit, that of "\hat v_t" not.
-        mathml = str(tex2mathml(_ACCENT.sub(r"\1 \2", formula), as_block=as_block))
+        mathml = str(tex2mathml(formula, as_block=as_block))
     except MathError as error:
         _log.warning("cannot write %r as MathML: %s", formula, error, location=node)
         return f"<code>{escape(formula)}</code>"
+    # docutils takes the t of \hat{v}_t for a limit under the v; it is an index.
+    mathml = _ACCENT.sub(r'<msub><mover accent="true">\1\3</mover>\2</msub>', mathml)
     # Fences are as high as a letter unless the formula says otherwise.
     mathml = mathml.replace(_BAR, _BAR.replace(">", ' lspace="0" rspace="0">', 1))
     if r"\left" not in formula:
@@ -223,7 +227,11 @@ class Bits(SphinxDirective):
         """Return the drawing as HTML; other builders leave it out."""
         pattern = self.arguments[0]
         widths = self.options.get("fields", [])
-        if set(pattern) - {"0", "1"} or not 0 < sum(widths) <= len(pattern):
+        if (
+            set(pattern) - {"0", "1"}
+            or len(widths) > len(_FIELDS)
+            or not 0 < sum(widths) <= len(pattern)
+        ):
             msg = f"not a bit pattern with these fields: {pattern} {widths}"
             raise self.error(msg)
         if not self.options.get("label"):
