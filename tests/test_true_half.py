@@ -833,7 +833,7 @@ def test_kept_modules_cast_at_their_border() -> None:
     net.train()  # eval takes a fused path that never calls the submodules
     net.dropout.p = net.dropout1.p = net.dropout2.p = 0.0
     net.self_attn.dropout = 0.0
-    keep = ["norm1", "self_attn", "self_attn.out_proj"]
+    keep = ["norm1", "self_attn"]
     convert_for_inference(net, torch.bfloat16, keep=keep)
     output = net(x.bfloat16())
 
@@ -841,6 +841,16 @@ def test_kept_modules_cast_at_their_border() -> None:
     assert net.linear1.weight.dtype == output.dtype == torch.bfloat16
     assert seen == [(torch.float32, torch.float32)]  # our hook runs after this one
     assert (output.float() - expected).abs().max() < 2**-4
+
+
+def test_a_kept_module_inside_a_kept_module_has_no_border() -> None:
+    """Naming both is naming the outer one: inside it nothing is cast down."""
+    inner = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    net = nn.Sequential(inner, nn.Linear(1, 1))
+    convert_for_inference(net, torch.bfloat16, keep=["0.0", "0"])
+
+    assert net(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert inner[0](torch.ones(1)).dtype == torch.float32
 
 
 def test_kept_modules_cast_nested_values_and_keywords() -> None:
@@ -864,7 +874,7 @@ def test_kept_modules_cast_nested_values_and_keywords() -> None:
             return self.part(a, b=b)
 
     whole = Whole()
-    convert_for_inference(whole, torch.float16, keep=["part"])
+    convert_for_inference(whole, torch.float16, keep="part")
     ids = torch.tensor([3])
     half = torch.ones(1, dtype=torch.float16)
     out, nested, text = whole(half, {"x": [half, ids]})
