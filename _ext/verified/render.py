@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
-from .blocks import pages
+from .blocks import pages, status_pages
 from .results import State
 from .session import Session
 
@@ -37,8 +37,7 @@ class VerificationStatus(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Leave a place to be filled when all results are known."""
-        docnames: set[str] = self.env.__dict__.setdefault("verified_status", set())
-        docnames.add(self.env.docname)
+        status_pages(self.env).add(self.env.docname)
         return [Status()]
 
 
@@ -51,8 +50,9 @@ def outdated(app: Sphinx, env: BuildEnvironment, session: Session) -> list[str]:
         name: _digest(session.states[b.id].text for b in page.blocks)
         for name, page in pages(env).items()
     }
-    for name in env.__dict__.get("verified_status", ()):
-        now[name] = _digest([*now.values(), _environments(session)])
+    lines = [f"{s.block.file}:{s.block.line}" for s in session.states.values()]
+    tables = _digest([*sorted(now.values()), *lines, _environments(session)])
+    now.update(dict.fromkeys(status_pages(env), tables))
     path = Path(app.outdir, ".verified.json")
     before: dict[str, str] = {}
     if path.is_file():
@@ -73,11 +73,11 @@ def _environments(session: Session) -> str:
 # -- The line under a block ------------------------------------------------------------
 
 
-def on_resolved(app: Sphinx, doctree: nodes.document, _docname: str) -> None:
+def on_resolved(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Put a line under each block, and fill the status page."""
     session: Session = app.verified  # type: ignore[attr-defined]
-    if not session.states:
-        return
+    for place in list(doctree.findall(Status)):
+        place.replace_self(_tables(app, session, docname) if session.states else [])
     tests = [n for n in doctree.findall(nodes.Element) if "testnodetype" in n]
     outputs: dict[str, nodes.Element] = {}
     for node in tests:
@@ -95,8 +95,6 @@ def on_resolved(app: Sphinx, doctree: nodes.document, _docname: str) -> None:
                 last = output if _follows(node, output) else last
         parent, at = _outermost(last)
         parent.insert(at + 1, _line(worst))
-    for place in list(doctree.findall(Status)):
-        place.replace_self(_tables(app, session))
 
 
 def _outermost(node: nodes.Element) -> tuple[nodes.Element, int]:
@@ -125,7 +123,7 @@ def _line(state: State) -> nodes.container:
 # -- The status page -------------------------------------------------------------------
 
 
-def _tables(app: Sphinx, session: Session) -> list[nodes.Node]:
+def _tables(app: Sphinx, session: Session, docname: str) -> list[nodes.Node]:
     states = list(session.states.values())
     count = Counter(state.kind for state in states)
     shown: list[nodes.Node] = [
@@ -150,7 +148,9 @@ def _tables(app: Sphinx, session: Session) -> list[nodes.Node]:
         found.sort(key=lambda state: _ORDER.index(state.kind))
         rows = [
             [
-                _link(app, name, state.block.anchor, f"line {state.block.line}"),
+                _link(
+                    app, docname, name, state.block.anchor, f"line {state.block.line}"
+                ),
                 _state(state.kind),
                 state.text,
             ]
@@ -197,8 +197,8 @@ def _state(kind: str) -> nodes.inline:
     return nodes.inline("", words, classes=[f"verified-{kind}"])
 
 
-def _link(app: Sphinx, name: str, anchor: str, text: str) -> nodes.reference:
-    uri = app.builder.get_relative_uri(next(iter(app.env.verified_status)), name)  # type: ignore[attr-defined]
+def _link(app: Sphinx, here: str, page: str, anchor: str, text: str) -> nodes.reference:
+    uri = app.builder.get_relative_uri(here, page)
     return nodes.reference("", text, refuri=f"{uri}#{anchor}", internal=True)
 
 
