@@ -12,7 +12,7 @@ loses to rounding, `TrueHalfAdamW` is AdamW with one of three remedies, and
              Gupta et al. 2015, arXiv:1502.02551, section 3 (stochastic rounding);
              Micikevicius et al. 2018, arXiv:1710.03740, section 3.1 (main params);
              Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (AdamW);
-             Zamirai et al. 2020, arXiv:2010.06192, algorithms 2 and 3.
+             Zamirai et al. 2020, arXiv:2010.06192 (both, for BF16 weights).
     Changed: 2026-11-21
 
 SPDX-License-Identifier: Apache-2.0

@@ -394,6 +394,25 @@ def test_float16_with_default_eps_stays_finite(remedy: str) -> None:
     assert ours.isfinite().tolist() == [True] * 4
 
 
+@each_remedy
+def test_a_constant_loss_scale_changes_no_step(remedy: str) -> None:
+    """Gradients and eps times 2**16: every weight is the same, bit for bit."""
+    ends = []
+    for scale in (1.0, 2.0**16):
+        p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+        generator = torch.Generator().manual_seed(0)
+        optimizer = TrueHalfAdamW(
+            [p], eps=1e-8 * scale, remedy=remedy, generator=generator
+        )
+        for grad in gradients((100,), 20, torch.bfloat16):
+            p.grad = grad * scale
+            optimizer.step()
+        ends.append(p.detach().clone())
+
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], torch.ones_like(ends[0]))
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Set torch's default dtype for a while, as Lightning does in a step."""
