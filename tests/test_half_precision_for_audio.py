@@ -494,6 +494,19 @@ def test_a_dataclass_is_copied_without_its_constructor() -> None:
     assert features.text.dtype == features.derived.dtype == torch.float32
 
 
+def test_a_dict_that_is_a_dataclass_too_stays_consistent() -> None:
+    """Its items and its attributes are the same objects, before and after."""
+    output = DictAndRecord(**sample_items())
+
+    converted = plugin().convert_input([output])[0]
+
+    assert converted["text"] is converted.text
+    assert converted["text"].dtype == torch.bfloat16
+    assert converted["audio"] is converted.audio is output.audio
+    assert output["text"] is output.text
+    assert output.text.dtype == torch.float32
+
+
 def test_a_packed_sequence_stays_one() -> None:
     """It is a named tuple whose constructor takes other arguments than its fields."""
     packed = nn.utils.rnn.pack_sequence([torch.ones(3, 1), torch.ones(2, 1)])
