@@ -127,7 +127,10 @@ def test_no_request_leaves_the_site_and_none_fails(
     [
         ({"viewport": DESK, "color_scheme": "light"}, {}),
         # The theme changes colors and nothing else, the width all but colors.
-        ({"viewport": DESK, "color_scheme": "dark"}, {"runOnly": ["cat.color"]}),
+        (
+            {"viewport": DESK, "color_scheme": "dark"},
+            {"runOnly": ["color-contrast", "link-in-text-block"]},
+        ),
         ({"viewport": PHONE}, {"rules": {"color-contrast": {"enabled": False}}}),
     ],
     indirect=["context"],
