@@ -238,7 +238,8 @@ class Session:
                 self.warn(str(error), "results", self._name(path))
 
     def _name(self, path: Path) -> str:
-        return f"{self.app.config.verified_committed}/{path.name}"
+        # Without a line, Sphinx would take it for the name of a page.
+        return f"{self.app.config.verified_committed}/{path.name}:1"
 
     def say(self, records: list[Record]) -> None:
         """Print the tally of a run."""
