@@ -235,6 +235,7 @@ def test_keyboard_reaches_the_text_first_and_shows_where_it_is(
     server: str, page: Page
 ) -> None:
     """The first stop is a visible link past the menu; every stop has a ring."""
+    page.emulate_media(reduced_motion="reduce")  # the theme slides the link in
     page.goto(f"{server}start/first_run.html", wait_until="networkidle")
     page.keyboard.press("Tab")
     skip = page.locator(":focus")
