@@ -250,7 +250,12 @@ def _short(version: str) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return "< 0.1 s" if seconds < 0.1 else f"{seconds:.1f} s"
+    # A no-break space keeps the number and its unit on one line of a phone.
+    return (
+        "<\N{NO-BREAK SPACE}0.1\N{NO-BREAK SPACE}s"
+        if seconds < 0.1
+        else f"{seconds:.1f}\N{NO-BREAK SPACE}s"
+    )
 
 
 # -- Reports ---------------------------------------------------------------------------
