@@ -118,6 +118,22 @@ def test_unscaling_is_exact_for_every_float16_value(exponent: int) -> None:
     assert exponent == 100 or torch.equal(exact.double(), values.double() / 2**exponent)
 
 
+@pytest.mark.parametrize("exponent", [0, 10, 16, 32])
+def test_scaling_moves_the_window_of_float16(exponent: int) -> None:
+    """A power of two g survives float16 iff 2**-25 < s g < 65520, and then exactly."""
+    scale = 2.0**exponent
+    for gradient in (2.0**e for e in range(-70, 20)):
+        weight = parameter(0.0)
+        scaler = DynamicLossScaler(scale)
+        torch.autograd.backward(scaler.scale((weight.half().float() * gradient).sum()))
+        assert weight.grad is not None
+        scaler.unscale_(SGD([weight], lr=1.0))
+        if 2.0**-25 < scale * gradient < 65520:
+            assert weight.grad.item() == gradient
+        else:
+            assert weight.grad.item() == (0.0 if scale * gradient < 1 else math.inf)
+
+
 def test_every_float16_pattern_that_is_not_finite_skips() -> None:
     """Both infinities and all 2,046 NaN, wherever they stand."""
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -744,6 +760,17 @@ def test_a_scale_of_zero_is_refused_too() -> None:
     assert scales(scaler, [True]) == [0.0]
     with pytest.raises(FloatingPointError, match="fell to 0"):
         scales(scaler, [False])
+
+
+def test_a_fused_optimizer_runs_on_skipped_steps_in_torch_and_not_here() -> None:
+    """Torch lets the optimizer skip, whose hooks then count steps not taken."""
+    calls = []
+    for scaler in (torch_scaler(), DynamicLossScaler()):
+        optimizer = AdamW([parameter(1.0)], lr=0.1, fused=True)
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        iterate(scaler, optimizer, [math.inf])
+        assert optimizer.param_groups[0]["params"][0].item() == 1.0
+        assert len(calls) == 1  # torch's, and none after it
 
 
 def test_update_between_two_steps_is_wrong_in_torch_and_stops_here() -> None:
