@@ -31,5 +31,6 @@ doctest_test_doctest_blocks = ""
 verified_preload = ["torch", "lightning"]
 
 html_theme = "sphinx_book_theme"
+html_use_index = False  # the notation page and the search serve for it
 html_static_path = ["_static"]
 templates_path = ["_templates"]
