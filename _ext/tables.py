@@ -35,8 +35,9 @@ class PrecisionNames(SphinxDirective):
     option_spec: ClassVar = {"class": directives.class_option}
 
     def run(self) -> list[nodes.Node]:
-        """Make the table, and have the page made again when the snippet changes."""
-        self.env.note_dependency(str(Path(precision_names.__file__)))
+        """Make the table; the page is made again when the data or this file changes."""
+        for file in (precision_names.__file__, __file__):
+            self.env.note_dependency(str(Path(file)))
         which = self.arguments[0]
         if which == "frameworks":
             head, rows = _frameworks()
@@ -53,16 +54,17 @@ class PrecisionNames(SphinxDirective):
 
 
 def _names(framework: str) -> tuple[list[str], list[list[Cell]]]:
-    fields = list(Precision.__dataclass_fields__)
-    head = ["name", *(field.replace("_", " ") for field in fields), "runs on"]
+    """Two rows for a name: the name and what it runs on, across; then its fields."""
+    head = [field.replace("_", " ") for field in Precision.__dataclass_fields__]
     rows: list[list[Cell]] = []
     for row in NAMES:
-        if row.framework != framework:
-            continue
-        spelled = _list([row.name, *row.aliases], between=" = ")
-        values = [[_value(value)] for value in asdict(row.precision).values()]
-        about = row.hardware + (f"; {row.note}" if row.note else "")
-        rows.append([spelled, *values, [nodes.Text(about)]])
+        if row.framework == framework:
+            note = f"; {row.note}" if row.note else ""
+            about = nodes.Text(f": on {row.hardware}{note}")
+            spelled = [nodes.strong("", "", *_list([row.name, *row.aliases], " = "))]
+            fields = asdict(row.precision).values()
+            rows.append([[*spelled, about]])
+            rows.append([[_value(value)] for value in fields])
     return head, rows
 
 
@@ -114,18 +116,24 @@ def _list(spellings: Iterable[str], between: str = ", ") -> list[nodes.Node]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> nodes.table:
     group = nodes.tgroup(cols=len(head))
     group += [nodes.colspec(colwidth=1) for _ in head]
-    top = nodes.row("", *(_entry([nodes.Text(word)]) for word in head))
-    group += nodes.thead("", top)
-    group += nodes.tbody(
-        "", *(nodes.row("", *(_entry(cell) for cell in row)) for row in rows)
-    )
-    return nodes.table("", group, classes=["colwidths-auto"])
+    words: list[Cell] = [[nodes.Text(word)] for word in head]
+    group += nodes.thead("", _row(words, len(head)))
+    group += nodes.tbody("", *(_row(cells, len(head)) for cells in rows))
+    return nodes.table("", group)
 
 
-def _entry(cell: Cell) -> nodes.entry:
+def _row(cells: Sequence[Cell], columns: int) -> nodes.row:
+    """A row; a single cell goes across all columns, and the style sheet may know."""
+    if len(cells) == columns:
+        return nodes.row("", *(_entry(cell, {}) for cell in cells))
+    across = _entry(cells[0], {"morecols": columns - 1})
+    return nodes.row("", across, classes=["hb-across"])
+
+
+def _entry(cell: Cell, attributes: dict[str, int]) -> nodes.entry:
     if any(isinstance(node, nodes.bullet_list) for node in cell):
-        return nodes.entry("", *cell)
-    return nodes.entry("", nodes.paragraph("", "", *cell))
+        return nodes.entry("", *cell, **attributes)
+    return nodes.entry("", nodes.paragraph("", "", *cell), **attributes)
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

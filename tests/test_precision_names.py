@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ from snippets.precision_names import (
     translate,
 )
 
+ROOT = Path(__file__).parents[1]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
@@ -839,3 +842,82 @@ def test_the_command_answers_and_fails_as_the_functions_do(
     told = capsys.readouterr()
     assert told.out == ""
     assert "nemo-rl has no equivalent of 'bf16-true'" in told.err
+
+
+# The tables of the site
+
+
+def test_the_reference_page_has_a_table_for_every_framework() -> None:
+    """And the two that are about all of them."""
+    page = ROOT / "source/reference/precision_names_table.rst"
+    made = re.findall(r"(?m)^\.\. precision-names:: (\S+)$", page.read_text("utf-8"))
+
+    assert sorted(made) == sorted([*FRAMEWORKS, "frameworks", "equivalents"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[ET.Element, str]:
+    """A site of one page with every table and a misspelt one, and its complaints."""
+    folder = tmp_path_factory.mktemp("site")
+    asked = [*FRAMEWORKS, "equivalents", "lighting"]
+    tables = "".join(f".. precision-names:: {which}\n\n" for which in asked)
+    (folder / "index.rst").write_text(f"Title\n=====\n\n{tables}", "utf-8")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "_ext")])
+    command = [sys.executable, "-m", "sphinx", "-qC", "-b", "xml", "-D"]
+    done = subprocess.run(
+        [*command, "extensions=tables", str(folder), str(folder / "out")],
+        env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ET.parse(folder / "out/index.xml").getroot(), done.stderr
+
+
+def test_a_table_shows_every_row_of_its_framework(
+    site: tuple[ET.Element, str],
+) -> None:
+    """Two rows for a name: spellings, hardware and note, and then the six fields."""
+    tables = site[0].findall(".//table")
+    for framework, table in zip(FRAMEWORKS, tables, strict=False):
+        body = table.findall(".//tbody/row")
+        names = rows_of(framework)
+        assert len(body) == 2 * len(names)
+        for row, across, fields in zip(names, body[::2], body[1::2], strict=True):
+            spelled = [literal.text for literal in across.iter("literal")]
+            assert spelled == [row.name, *row.aliases]
+            said = "".join(across.itertext()).strip()
+            assert said.endswith(row.hardware + (f"; {row.note}" if row.note else ""))
+            shown = ["".join(entry.itertext()).strip() for entry in fields]
+            assert shown == list(asdict(row.precision).values())
+
+
+def test_the_table_of_equivalents_shows_what_translates(
+    site: tuple[ET.Element, str],
+) -> None:
+    """One row for each precision of several frameworks, with the names of each."""
+    table = site[0].findall(".//table")[-1]
+    shared = {}
+    for row in NAMES:
+        equal = [n for n in NAMES if n.precision == row.precision]
+        if len({n.framework for n in equal}) > 1:
+            shared[row.precision] = [f"{n.framework} {n.name}" for n in equal]
+    shown = table.findall(".//tbody/row")
+
+    assert len(shown) == len(shared)
+    for names, cells in zip(shared.values(), shown, strict=True):
+        listed = []
+        for item in cells.iter("list_item"):
+            framework = "".join(item.itertext()).split()[0]
+            listed += [
+                f"{framework} {literal.text}" for literal in item.iter("literal")
+            ]
+        assert sorted(listed) == sorted(names)
+
+
+def test_an_unknown_table_is_an_error_of_the_build(
+    site: tuple[ET.Element, str],
+) -> None:
+    """A page cannot ask without a word for what is not there."""
+    assert re.search(r"index.rst:\d+: ERROR: precision-names takes one of fr", site[1])
+    assert "got 'lighting'" in site[1]
