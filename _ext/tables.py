@@ -9,6 +9,7 @@ Two words stand for other tables: ``frameworks``, what each one's names were che
 against, and ``equivalents``, one row for each precision that has several names.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,10 +61,10 @@ def _names(framework: str) -> tuple[list[str], list[list[Cell]]]:
     for row in NAMES:
         if row.framework == framework:
             note = f"; {row.note}" if row.note else ""
-            about = nodes.Text(f": on {row.hardware}{note}")
+            about = _text(f": on {row.hardware}{note}")
             spelled = [nodes.strong("", "", *_list([row.name, *row.aliases], " = "))]
             fields = asdict(row.precision).values()
-            rows.append([[*spelled, about]])
+            rows.append([[*spelled, *about]])
             rows.append([[_value(value)] for value in fields])
     return head, rows
 
@@ -103,6 +104,15 @@ def _value(value: str) -> nodes.Node:
     """A dtype of torch as code, other words as words."""
     is_dtype = value.rstrip("0123456789") in {"float", "bfloat"}
     return nodes.literal("", value) if is_dtype else nodes.Text(value)
+
+
+def _text(said: str) -> list[nodes.Node]:
+    """Text with its flags as code: else a dash would be made of their two hyphens."""
+    parts = re.split(r"(--[\w-]+)", said)
+    return [
+        nodes.literal("", part) if part.startswith("--") else nodes.Text(part)
+        for part in parts
+    ]
 
 
 def _list(spellings: Iterable[str], between: str = ", ") -> list[nodes.Node]:

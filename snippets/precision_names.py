@@ -166,9 +166,9 @@ nemo | flash-bf16 | bf16-flash = bf16-automodel | CUDA | with flashoptim.FlashAd
 nemo | flash-fp16 | fp16-flash = fp16-automodel | CUDA | with flashoptim.FlashAdamW
 nemo-framework | mcore-bf16 | bf16_mixed | CUDA | a recipe
 nemo-framework | mcore-fp16 | fp16_mixed | CUDA | a recipe
-nemo-framework | mcore-bf16 | bf16-mixed = bf16 | CUDA | in MegatronMixedPrecision
-nemo-framework | mcore-wide | 16-mixed = 16 = fp16 = fp16-mixed | CUDA | in the same
-nemo-framework | fp32 | 32 = fp32 | CUDA | in the same; any other string is taken for it
+nemo-framework | mcore-bf16 | bf16-mixed = bf16 | CUDA | a string
+nemo-framework | mcore-wide | 16-mixed = 16 = fp16 = fp16-mixed | CUDA | a string
+nemo-framework | fp32 | 32 = fp32 | CUDA | a string; any other is taken for it
 megatron-bridge | mcore-bf16 | bf16_mixed = bf16-mixed | CUDA
 megatron-bridge | mcore-fp16 | fp16_mixed = fp16-mixed | CUDA
 megatron | fp32 | no flag | CUDA
