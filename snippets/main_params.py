@@ -139,8 +139,8 @@ class MainParams(Optimizer):
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
         """Parameter -> the inner optimizer's own state for it; a new dict each time."""
-        known = ((p, self.main_params.get(p, p)) for p in _params(self))
-        return {p: self.inner.state[m] for p, m in known if m in self.inner.state}
+        owners = {main: p for p, main in self.main_params.items()}
+        return {owners.get(p, p): entry for p, entry in self.inner.state.items()}
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Multiply the loss for backward; without a scaler return it as it is."""
