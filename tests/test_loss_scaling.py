@@ -940,15 +940,18 @@ def sharded(scaler):
     start = net.weight.detach().clone()
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     fully_shard(net, mesh=mesh)
-    optimizer = SGD(net.parameters(), lr=1.0)
+    plain = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([plain, *net.parameters()], lr=1.0, foreach=False)
     moved = []
     # The gradient of row 1, which only rank 1 holds, overflows in the second iteration.
     for factors in ([1.0, 1.0], [1.0, math.inf]):
-        scaler.scale((net(torch.ones(1, 4)) * torch.tensor(factors)).sum()).backward()
+        outputs = net(torch.ones(1, 4)) * torch.tensor(factors)
+        scaler.scale(outputs.sum() + plain.sum()).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        moved.append((start - net.weight.full_tensor()).round().flatten().tolist())
+        rows = (start - net.weight.full_tensor()).round()
+        moved.append([-plain.item(), *rows.flatten().tolist()])
     return moved, scaler.get_scale()
 
 out["sharded"] = sharded(DynamicLossScaler(4.0))
@@ -979,7 +982,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [json.loads(out) for out, _ in outputs]
 
@@ -1009,8 +1012,8 @@ def test_a_rank_without_gradients_takes_part(ranks: list[dict[str, Any]]) -> Non
 
 @needs_gloo
 def test_fully_sharded_parameters_skip_together(ranks: list[dict[str, Any]]) -> None:
-    """An infinity in the shard of one rank keeps the other's shard in place."""
-    step = [1.0] * 8
+    """An infinity in the shard of one rank keeps all in place, plain ones beside."""
+    step = [1.0] * 9
     assert [out["sharded"] for out in ranks] == [[[step, step], 2.0]] * 2
 
 
