@@ -72,7 +72,9 @@ def misspelled_names() -> list[str]:
     prose = [*ROOT.glob("*.md"), *ROOT.glob("source/**/*.md")]
     prose += ROOT.glob("source/**/*.rst")
     code = re.compile(
-        r"^ *(```+).*?^ *\1|`[^`]*`|^\([\w-]+\)=|\]\([^)]*\)|https?://\S+", re.M | re.S
+        r"^ *(?P<fence>```+).*?^ *(?P=fence)|(?P<tick>`+).+?(?P=tick)"
+        r"|^\([\w-]+\)=|\]\([^)]*\)|https?://\S+",
+        re.M | re.S,
     )
     names = re.compile(rf"(?<![\w./-])({'|'.join(NAMES)})(?![\w/-]|\.\w)")
     found = []
