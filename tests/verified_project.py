@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from html import unescape
 from pathlib import Path
 from typing import Any, Self
 
@@ -182,4 +183,4 @@ class Project:
         found = re.findall(
             r'class="[^"]*verified-text[^"]*">(.*?)</span>', self.html(page)
         )
-        return [text.replace("&lt;", "<") for text in found]
+        return [unescape(text).replace("\xa0", " ") for text in found]
