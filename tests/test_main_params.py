@@ -7,6 +7,8 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
+from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -338,6 +341,18 @@ def test_wide_parameters_are_handed_through(dtype: torch.dtype) -> None:
     assert a.main_params == {}
 
 
+def test_float64_gradients_stay_float64() -> None:
+    """grad_dtype widens; it narrows nothing."""
+    p = weight(torch.float64)
+    optimizer = MainParams(optim.SGD([p], lr=1.0), grad_dtype=torch.float32)
+    backward((p * 0.1).sum())
+    optimizer.step()
+
+    assert p.grad is not None
+    assert p.grad.dtype == torch.float64
+    assert torch.equal(p, weight(torch.float64) - 0.1)
+
+
 # Bytes.
 
 
@@ -553,7 +568,9 @@ def test_schedulers_work_on_either(on: str) -> None:
     assert optimizer.param_groups is optimizer.inner.param_groups
     assert optimizer.param_groups[0]["betas"][0] != 0.9
     assert len({rate for rate, _ in rates}) == 3
-    assert copy.deepcopy(optimizer).param_groups[0]["lr"] == rates[-1][0]
+    # Schedulers patch step with a local function, which cannot be pickled.
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert copied.param_groups[0]["lr"] == rates[-1][0]
 
 
 def test_a_closure_runs_once_with_gradients_enabled() -> None:
@@ -585,13 +602,18 @@ def test_hooks_names_and_representation() -> None:
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    inside: list[list[Tensor]] = []
+    optimizer.inner.register_step_post_hook(
+        lambda *_: inside.append(list(optimizer.state))
+    )
     backward(model(torch.ones(1, 2, dtype=BF16)).sum())
     optimizer.step()
 
     assert calls == ["before", "after"]
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert repr(optimizer).startswith("MainParams (\nParameter Group 0\n")
-    assert list(optimizer.state) == [model.weight, model.bias]
+    for seen in (list(optimizer.state), *inside):
+        assert [id(p) for p in seen] == [id(model.weight), id(model.bias)]
     assert optimizer.state[model.bias]["momentum_buffer"].dtype == torch.float32
     assert optimizer.defaults["lr"] == 0.1
 
@@ -935,6 +957,26 @@ def test_the_trainer_trains_clips_saves_and_resumes(
     theirs = [through.optimizer.main_params[p] for p in through.parameters()]
     assert same(mine, theirs)
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_a_rank_skips_for_what_another_rank_found() -> None:
+    """Two threads as ranks, one with Inf: both skip, and both say so."""
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    store = HashStore()
+
+    def rank(number: int) -> tuple[float, bool]:
+        group: Any = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=30))
+        scaler = DynamicLossScaler(init_scale=4.0, process_group=group)
+        shard = nn.Parameter(torch.ones(1, dtype=FP16))
+        optimizer = MainParams(optim.SGD([shard], lr=1.0), scaler=scaler)
+        factor = math.inf if number == 1 else 1.0
+        backward(optimizer.scale_loss((factor * shard).sum()))
+        optimizer.step()
+        return shard.item(), optimizer.found_inf
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(rank, (0, 1))) == [(1.0, True), (1.0, True)]
 
 
 def test_ddp_refuses_float32_gradients_of_half_weights(tmp_path: Path) -> None:
