@@ -151,9 +151,7 @@ _Say: TypeAlias = Callable[[_Level, str, str, str], None]
 _REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")
 
 
-def check_policy_config(
-    cfg: Mapping[Any, Any], *, strict: bool = False
-) -> list[Finding]:
+def check_policy_config(cfg: object, *, strict: bool = False) -> list[Finding]:
     """Report the keys and values about precision that a NeMo RL run would trip over.
 
     Reads ``policy`` and ``loss_fn``. A key that NeMo RL does not read is an error if it
