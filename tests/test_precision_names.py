@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import re
 import subprocess
@@ -183,6 +184,18 @@ def test_the_nearest_differs_least() -> None:
                 if other.compute == nearest.compute
             ]
             assert len(row.precision.differences(nearest)) == min(counts)
+
+
+def test_the_nearest_has_most_words_of_the_compute() -> None:
+    """From FP8 in blocks to FP8 in blocks, where there are any; then per tensor."""
+    for row in NAMES:
+        wanted = row.precision.compute.split()
+        for to in FRAMEWORKS:
+            there = [n.precision.compute.split() for n in NAMES if n.framework == to]
+            missed = [len({*w} ^ {*wanted}) for w in there if w[0] == wanted[0]]
+            if missed:
+                nearest = closest(row, to).precision.compute.split()
+                assert len({*nearest} ^ {*wanted}) == min(missed)
 
 
 def test_a_precision_differs_from_itself_in_nothing() -> None:
@@ -494,6 +507,12 @@ def test_fsdp_is_configured_as_the_row_says(row: Name) -> None:
     ) == (row.precision)
 
 
+def scaler_in_words(power: int, window: int, hysteresis: int) -> str:
+    """Say a scaler's defaults as SCALERS does."""
+    clean = f"doubled after {window} clean steps"
+    return f"from 2**{power}, {clean}, hysteresis {hysteresis}"
+
+
 @pytest.mark.parametrize("row", rows_of("lightning-deepspeed"), ids=row_id)
 def test_deepspeed_is_configured_as_the_row_says(row: Name) -> None:
     """Lightning turns on DeepSpeed's fp16 or bf16 block, -mixed and -true alike."""
@@ -510,11 +529,12 @@ def test_deepspeed_is_configured_as_the_row_says(row: Name) -> None:
         assert list(config) == block[row.precision.storage]
         if row.precision.scaler == "DeepSpeed":
             fp16 = config["fp16"]
-            assert (fp16["initial_scale_power"], fp16["loss_scale_window"]) == (
-                16,
-                1000,
+            assert fp16["loss_scale"] == 0  # dynamic
+            assert SCALERS["DeepSpeed"] == scaler_in_words(
+                fp16["initial_scale_power"],
+                fp16["loss_scale_window"],
+                fp16["hysteresis"],
             )
-            assert (fp16["hysteresis"], fp16["loss_scale"]) == (2, 0)  # 0: dynamic
     assert translate(row.name, framework="lightning-deepspeed", to="deepspeed") in {
         "neither fp16 nor bf16",
         *config,
@@ -654,8 +674,9 @@ def test_megatron_bridge_has_the_listed_recipes() -> None:
         config = recipe()
         (row,) = lookup(name, "megatron-bridge")
         assert in_words(config) == row.precision, name
-        assert (config.initial_loss_scale, config.hysteresis) == (2.0**32, 2)
-        assert config.loss_scale_window == 1000
+        power = int(math.log2(config.initial_loss_scale))
+        window = config.loss_scale_window
+        assert SCALERS["Megatron"] == scaler_in_words(power, window, config.hysteresis)
 
 
 @needs("nemo.collections.llm")
@@ -813,9 +834,12 @@ def test_an_explanation_has_all_of_the_row(row: Name) -> None:
     assert f"{row.precision.scaler}, {SCALERS[row.precision.scaler]}" in text
     for fact in (str(row), row.hardware, row.note, FRAMEWORKS[row.framework].checked):
         assert fact in text
-    for other in NAMES:
-        if other != row and other.precision == row.precision:
-            assert f"same in {other.framework}: {other.name}" in text
+    listed = re.findall(r"(?m)^  same in (.+)$", text)
+    assert listed == [
+        f"{other.framework}: {other.name}"
+        for other in NAMES
+        if other != row and other.precision == row.precision
+    ]
 
 
 def test_an_ambiguous_name_is_explained_once_for_each_meaning() -> None:
