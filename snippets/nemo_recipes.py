@@ -292,7 +292,7 @@ def get_mixed_precision_config(
     if key in MIXED_PRECISION_RECIPES:
         return MIXED_PRECISION_RECIPES[key]()
     known = sorted(MIXED_PRECISION_RECIPES)
-    near = NEMO2_NAMES.get(key) or difflib.get_close_matches(key, known, 1, 0.0)[0]
+    near = NEMO2_NAMES.get(key) or difflib.get_close_matches(key, known, 1, 0)[0]
     raise ValueError(
         f"Unknown mixed-precision recipe '{key}'. Available recipes: "
         f"{', '.join(known)}. Nearest: {near}"
