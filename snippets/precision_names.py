@@ -17,12 +17,13 @@ SPDX-License-Identifier: Apache-2.0
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 
-__all__ = ["FRAMEWORKS", "NAMES", "SCALERS", "Framework", "Name", "NoEquivalent"]
-__all__ += ["Precision", "explain", "lookup", "main", "translate"]
+__all__ = ["FRAMEWORKS", "NAMES", "SCALERS", "Framework", "InexactTranslation", "Name"]
+__all__ += ["NoEquivalent", "Precision", "explain", "lookup", "main", "translate"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class NoEquivalent(ValueError):  # noqa: N818 - an answer as much as an error
             f"{nearest.framework} has no equivalent of {source.name!r} in "
             f"{source.framework}; nearest is {nearest.name!r}, where {'; '.join(but)}"
         )
+
+
+class InexactTranslation(UserWarning):
+    """The translation computes in the same dtype; the text says what differs."""
 
 
 SCALERS = {
@@ -306,22 +311,29 @@ def lookup(name: str | int, framework: str | None = None) -> tuple[Name, ...]:
     raise ValueError(message + _nearest(name, known))
 
 
-def translate(name: str | int, *, to: str, framework: str | None = None) -> str:
+def translate(
+    name: str | int, *, to: str, framework: str | None = None, exact: bool = False
+) -> str:
     """Find the name of the same precision in another framework.
+
+    Where there is none, the nearest name that computes in the same dtype is the answer,
+    with an `InexactTranslation` warning that names every difference.
 
     Args:
         name: As in `lookup`.
         to: The framework whose name is wanted; the first one, if it has several.
         framework: The framework that ``name`` is from. You need to say it only where
             the name means different things.
+        exact: Refuse an answer that differs in any of the six fields.
 
     Returns:
-        The name that has the same precision there, in all six fields.
+        The name that has the same precision there, or comes nearest.
 
     Raises:
         TypeError: As in `lookup`.
         ValueError: As in `lookup`, or ``name`` means different things.
-        NoEquivalent: ``to`` has no such precision; the error says what comes nearest.
+        NoEquivalent: ``to`` computes in no such dtype, or ``exact`` and something else
+            differs; the error says what comes nearest.
 
     Example:
         >>> translate("16-true", to="nemo")
@@ -344,7 +356,10 @@ def translate(name: str | int, *, to: str, framework: str | None = None) -> str:
     there = [row for row in NAMES if row.framework == to]
     nearest = min(there, key=lambda row: _distance(source.precision, row.precision))
     if nearest.precision != source.precision:
-        raise NoEquivalent(source, nearest)
+        inexact = NoEquivalent(source, nearest)
+        if exact or "compute" in inexact.differences:
+            raise inexact
+        warnings.warn(str(inexact), InexactTranslation, stacklevel=2)
     return nearest.name
 
 
@@ -388,12 +403,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("name")
     parser.add_argument("--framework", help="the framework that the name is from")
     parser.add_argument("--to", help="the framework whose name is wanted")
+    parser.add_argument("--exact", action="store_true", help="no nearest name will do")
     given = parser.parse_args(arguments)
     try:
         if given.to is None:
             answer = explain(given.name, given.framework)
         else:
-            answer = translate(given.name, to=given.to, framework=given.framework)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                answer = translate(
+                    given.name,
+                    to=given.to,
+                    framework=given.framework,
+                    exact=given.exact,
+                )
+            sys.stderr.writelines(f"{warning.message}\n" for warning in told)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.write(f"{answer}\n")

@@ -39,6 +39,7 @@ from snippets.precision_names import (
     FRAMEWORKS,
     NAMES,
     SCALERS,
+    InexactTranslation,
     Name,
     NoEquivalent,
     Precision,
@@ -77,7 +78,8 @@ def row_id(row: Name) -> str:
 def closest(row: Name, to: str) -> Name:
     """What translate() gives, or its error names."""
     try:
-        return lookup(translate(row.name, to=to, framework=row.framework), to)[0]
+        name = translate(row.name, to=to, framework=row.framework, exact=True)
+        return lookup(name, to)[0]
     except NoEquivalent as error:
         return error.nearest
 
@@ -150,7 +152,7 @@ def test_a_translation_is_the_same_precision_or_an_error(row: Name) -> None:
             assert translate(row.name, to=to, framework=row.framework) == equal[0]
             continue
         with pytest.raises(NoEquivalent, match=re.escape(row.name)) as caught:
-            translate(row.name, to=to, framework=row.framework)
+            translate(row.name, to=to, framework=row.framework, exact=True)
         assert caught.value.source == row
         assert caught.value.nearest.framework == to
         for field, (old, new) in caught.value.differences.items():
@@ -158,6 +160,25 @@ def test_a_translation_is_the_same_precision_or_an_error(row: Name) -> None:
             assert getattr(caught.value.nearest.precision, field) == new
             assert old != new
             assert f"{field} is {new}, not {old}" in str(caught.value)
+
+
+@each_row
+def test_an_inexact_translation_computes_the_same_and_warns(row: Name) -> None:
+    """Unless exact, the nearest name with the same compute dtype; else an error."""
+    for to in FRAMEWORKS:
+        nearest = closest(row, to)
+        differences = row.precision.differences(nearest.precision)
+        if not differences:
+            continue
+        if "compute" in differences:
+            with pytest.raises(NoEquivalent, match=re.escape(row.name)):
+                translate(row.name, to=to, framework=row.framework)
+            continue
+        with pytest.warns(InexactTranslation) as told:
+            name = translate(row.name, to=to, framework=row.framework)
+        assert name == nearest.name
+        for field, (old, new) in differences.items():
+            assert f"{field} is {new}, not {old}" in str(told[0].message)
 
 
 @each_row
@@ -861,8 +882,13 @@ def test_the_command_answers_and_fails_as_the_functions_do(
     main(["bf16-mixed", "--framework", "lightning"])
     assert capsys.readouterr().out == explain("bf16-mixed", "lightning") + "\n"
 
+    main(["bf16-true", "--to", "nemo-rl"])
+    told = capsys.readouterr()
+    assert told.out == "bfloat16\n"
+    assert "nemo-rl has no equivalent of 'bf16-true'" in told.err
+
     with pytest.raises(SystemExit, match="2"):
-        main(["bf16-true", "--to", "nemo-rl"])
+        main(["bf16-true", "--to", "nemo-rl", "--exact"])
     told = capsys.readouterr()
     assert told.out == ""
     assert "nemo-rl has no equivalent of 'bf16-true'" in told.err
