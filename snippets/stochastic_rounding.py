@@ -339,7 +339,7 @@ def _check_state(key: int, state: dict[str, Any], p: Tensor) -> None:
     if state and not needed <= state.keys() <= needed | {"compensation"}:
         msg = f"parameter {key} needs state {sorted(needed)}, got {sorted(state)}"
         raise ValueError(msg)
-    for name in state.keys() - {"step"}:
+    for name in sorted(state.keys() - {"step"}):
         if state[name].shape != p.shape:
             got, wanted = tuple(state[name].shape), tuple(p.shape)
             msg = f"{name} of parameter {key} has shape {got}, but its weight {wanted}"

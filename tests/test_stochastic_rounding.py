@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.stochastic_rounding import ALLOWED_DRAWS, measure
 from snippets.stochastic_rounding import PureBF16AdamW, stochastic_round
 
 INF, NAN = float("inf"), float("nan")
@@ -373,6 +374,17 @@ def test_the_error_of_a_sum_grows_with_the_root_of_its_length() -> None:
     f = term / spacing
     variance = n * f * (1 - f) * spacing**2
     assert float(error.var()) == pytest.approx(variance, rel=5 * math.sqrt(2 / m))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+def test_rounding_costs_a_few_random_draws(dtype: torch.dtype) -> None:
+    """The benchmark's own measurement, on the machine at hand, with fewer rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert measure(dtype, rounds=40)["times_the_draw"] < ALLOWED_DRAWS
+    finally:
+        torch.set_num_threads(threads)
 
 
 # Exact laws: the optimizer.
@@ -774,7 +786,7 @@ def make_network() -> nn.Sequential:
 
 
 def test_plain_bfloat16_stalls_and_this_follows_float32() -> None:
-    """20 passes at 1e-4; the losses on the training data are compared."""
+    """15 passes at 1e-4; the losses on the training data are compared."""
     x, y = digits()
 
     def train(
@@ -782,7 +794,7 @@ def test_plain_bfloat16_stalls_and_this_follows_float32() -> None:
     ) -> tuple[float, float]:
         network = make_network().to(dtype)
         optimizer = make(network.parameters(), lr=1e-4)
-        for _ in range(20):
+        for _ in range(15):
             for i in range(0, 1400, 100):
                 optimizer.zero_grad()
                 scores = network(x[i : i + 100].to(dtype)).float()
@@ -796,7 +808,7 @@ def test_plain_bfloat16_stalls_and_this_follows_float32() -> None:
 
     full, accuracy = train(torch.float32, torch.optim.AdamW)
     plain, stalled = train(torch.bfloat16, torch.optim.AdamW)
-    assert accuracy > 0.7
+    assert accuracy > 0.6
     assert stalled < accuracy - 0.3
     assert plain > full + 0.5
     for rounding in ROUNDINGS:
