@@ -182,7 +182,9 @@ def check_policy_config(cfg: object, *, strict: bool = False) -> list[Finding]:
         msg = f"cfg must be a mapping, got {type(cfg).__name__}"
         raise TypeError(msg)
     config = _Config(plain)
-    found = [*_unknown(config), *_values(config), *_conflicts(config)]
+    found = [*_unknown(config), *_values(config)]
+    said = {finding.path for finding in found}
+    found += [finding for finding in _conflicts(config) if finding.path not in said]
     if skipped := config.skipped():
         problem = "not checked: " + ", ".join(skipped)
         found.append(Finding("note", "policy", MISSING, problem, "read them yourself"))
@@ -204,21 +206,27 @@ class _Config:
         off = [s for s in (_TRAIN, _DTENSOR) if self.get(f"{s}.enabled") is False]
         self.sections = [s for s in _SECTIONS if not s.startswith(tuple(off))]
 
-    def get(self, path: str, depth: int = 0) -> Any:  # noqa: ANN401 - any value
+    def get(self, path: str) -> Any:  # noqa: ANN401 - any value
         """Return a value, or MISSING; of a reference that leads nowhere, its text."""
+        return self.follow(path)[1]
+
+    def follow(self, path: str, depth: int = 0) -> tuple[str, Any]:
+        """Return a value, and the path where it is written."""
         value: Any = self.root
-        done: list[str] = []
+        at: list[str] = []
         for part in path.split("."):
             if not isinstance(value, dict) or part not in value:
-                return MISSING
+                return path, MISSING
             value = value[part]
-            done.append(part)
+            at.append(part)
             if isinstance(value, str) and (match := _REFERENCE.fullmatch(value)):
-                above = done[: -len(match[1])] if match[1] else []
-                target = ".".join([*above, match[2]])
-                found = self.get(target, depth + 1) if depth < 16 else MISSING
-                value = value if found is MISSING else found
-        return value
+                above = at[: -len(match[1])] if match[1] else []
+                target, found = ".".join([*above, match[2]]), MISSING
+                if depth < 16:  # else it is a circle
+                    target, found = self.follow(target, depth + 1)
+                if found is not MISSING:
+                    at, value = target.split("."), found
+        return ".".join(at), value
 
     def items(self, section: str) -> list[tuple[str, Any]]:
         """Return the keys of a section with their values; none if it is no mapping."""
@@ -228,12 +236,14 @@ class _Config:
 
     def skipped(self) -> list[str]:
         """Return the sections that no rule is about, or that are disabled."""
-        inside = [
-            (f"{s}.{key}", value) for s in _SECTIONS for key, value in self.items(s)
-        ]
-        inside += [(str(key), self.root[key]) for key in self.root if key != "policy"]
+        found = [(f"{s}.{key}", v) for s in self.sections for key, v in self.items(s)]
+        found += [(str(key), value) for key, value in self.root.items()]
+        known = {"policy", *self.sections}
         return [
-            p for p, v in inside if isinstance(v, dict) and v and p not in _SECTIONS
+            path
+            for path, value in found
+            if isinstance(value, dict) and value not in ({}, {"enabled": False})
+            if path not in known
         ]
 
 
@@ -266,10 +276,13 @@ def _values(config: _Config) -> Iterator[Finding]:
         if not isinstance(found := config.get(section), dict | _Missing | None):
             yield Finding("error", section, found, "is no mapping", "indent its keys")
         for key, rule in rules.items():
-            path, value = f"{section}.{key}", config.get(f"{section}.{key}")
+            path = f"{section}.{key}"
+            source, value = config.follow(path)
+            if source != path and source.rpartition(".")[0] in config.sections:
+                continue  # said once, of the key that is referred to
             if isinstance(value, str) and "${" in value:
                 fix = "check the configuration with its references resolved"
-                yield Finding("note", path, value, "the reference leads nowhere", fix)
+                yield Finding("note", path, value, "the reference is not followed", fix)
             elif value is not MISSING and (fix := _fix(value, rule)):
                 yield Finding("error", path, value, "is not among its values", fix)
     if config.get("policy.precision") is MISSING and not config.inherits:
@@ -329,18 +342,18 @@ def _check_training(config: _Config, say: _Say) -> None:
         return
     against = f"contradicts policy.precision={precision!r}"
     for half, key in _HALVES.items():
-        path, aware = (
-            f"{_OPTIMIZER}.{key}",
-            f"{_OPTIMIZER}.use_precision_aware_optimizer",
-        )
+        path = f"{_OPTIMIZER}.{key}"
+        aware = get(f"{_OPTIMIZER}.use_precision_aware_optimizer") is True
         on, known = get(path) is True, get(path) is not MISSING or not config.inherits
         if on and precision in _DTYPES and precision != half:
             say("error", path, against, "write false")
         elif precision == half and known and not on and half == "float16":
             say("error", path, "without it Megatron scales no loss", "write true")
-        elif precision == half and known and not on and get(aware) is True:
-            say("error", path, f"{against} ({aware}=True asserts it)", "write true")
-    if get(f"{_TRAIN}.pipeline_dtype") not in (MISSING, precision):
+        elif precision == half and known and not on and aware:
+            text = f"{against}, as the precision-aware optimizer asserts"
+            say("error", path, text, "write true")
+    pipeline = get(f"{_TRAIN}.pipeline_dtype")
+    if pipeline not in (MISSING, precision) and precision in _DTYPES:
         say("error", f"{_TRAIN}.pipeline_dtype", against, "write ${policy.precision}")
     if get(f"{_OPTIMIZER}.params_dtype") not in (MISSING, precision):
         text = "nothing reads it: the weights take policy.precision"
@@ -355,7 +368,7 @@ def _check_training(config: _Config, say: _Say) -> None:
     if MISSING not in (norm, clip := get(f"{_OPTIMIZER}.clip_grad")) and clip != norm:
         text = f"Megatron does not read it and clips at clip_grad={clip!r}"
         say("warning", "policy.max_grad_norm", text, "write clip_grad")
-    if get(path := f"{_DDP}.grad_reduce_in_fp32") is False and precision in _HALVES:
+    if get(path := f"{_DDP}.grad_reduce_in_fp32") is False and precision in _DTYPES[1:]:
         say("note", path, f"ranks sum gradients in {precision}", "true takes memory")
     given = [key for key, _ in config.items(_FP8)]
     if given and "enabled" not in given and not config.inherits:
@@ -381,12 +394,12 @@ def _check_rollouts(config: _Config, say: _Say) -> None:
     rollout = {"half": "float16", "float": "float32"}.get(str(rollout), rollout)
     corrected = get(correction := "loss_fn.use_importance_sampling_correction") is True
     where = "write true" if config.whole else "write true; loss_fn was not given"
-    if rollout == "fp8" and not corrected:
+    if rollout == "fp8" and not corrected and precision != "fp8":
         text = "NeMo RL refuses FP8 rollouts without it"
         say("error" if config.whole else "warning", correction, text, where)
     elif rollout in _DTYPES and not corrected:
         trained = "fp8" if get(f"{_FP8}.enabled") is True else precision
-        if rollout != trained:
+        if rollout != trained and precision in _DTYPES:
             text = f"rollouts are in {rollout}, the training is in {trained}"
             say("warning", correction, text, where)
     if get(f"{_GEN}.vllm_kwargs.dtype") is not MISSING:
@@ -415,11 +428,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any value
     """Return dictionaries for mappings and OmegaConf nodes."""
     omegaconf = sys.modules.get("omegaconf")  # imported by whoever made a node
     if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
-        container = omegaconf.OmegaConf.to_container
-        try:
-            return container(value, resolve=True)
-        except omegaconf.errors.OmegaConfBaseException:  # a resolver of NeMo RL's
-            return container(value, resolve=False)
+        return omegaconf.OmegaConf.to_container(value, resolve=False)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
