@@ -33,7 +33,7 @@ __all__ = ["MainParams"]
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (*_HALF, torch.float32, torch.float64)
 # Some of torch.amp.GradScaler's methods: what has them has the others.
-_SCALER_METHODS = ("scale", "unscale_", "step", "update", "is_enabled")
+_SCALER_METHODS = ("scale", "unscale_", "step", "update", "state_dict")
 _STATE_KEYS = ("optimizer", "state", "param_groups", "scaler")
 
 
@@ -184,7 +184,7 @@ class MainParams(Optimizer):
             self._check_gradient(p)
         mains = [self._main_param(p) for p in params]
         pairs = [(p, m) for p, m in zip(params, mains, strict=True) if m is not p]
-        is_scaled = self.scaler is not None and self.scaler.is_enabled()
+        is_scaled = self.scaler is not None  # a disabled one passes everything on
         try:
             for p, main in pairs:
                 main.grad = None if p.grad is None else p.grad.to(main.dtype)
