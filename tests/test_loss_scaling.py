@@ -416,10 +416,27 @@ def test_a_new_scale_replaces_the_old_and_keeps_the_counts() -> None:
         assert scales(ours, [False]) == [6.0]
 
 
+def test_a_new_scale_does_not_hide_what_was_found() -> None:
+    """``found_inf`` tells of the iteration that the new scale ends."""
+    weight = parameter(1.0)
+    optimizer = SGD([weight], lr=1.0)
+    scaler = DynamicLossScaler()
+    for value in (math.nan, 1.0):
+        scaler.scale(torch.zeros(()))
+        weight.grad = torch.tensor([value])
+        scaler.step(optimizer)
+        scaler.update(4.0)
+        assert scaler.found_inf == math.isnan(value)
+
+
 def test_the_scale_is_a_float32_value() -> None:
     """A number that float32 cannot hold is rounded at once, as in torch's tensor."""
     for value in (0.1, 65537.123456789, 1e-40):
-        assert DynamicLossScaler(value).get_scale() == torch.tensor(value).item()
+        rounded = torch.tensor(value).item()
+        scaler = DynamicLossScaler(value)
+        assert scaler.get_scale() == rounded
+        scaler.load_state_dict(scaler.state_dict() | {"scale": value})
+        assert scaler.get_scale() == rounded
     scaler = DynamicLossScaler(min_scale=0.1)
     assert scales(scaler, [True] * 30)[-1] == torch.tensor(0.1).item()
 
