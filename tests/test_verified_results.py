@@ -478,9 +478,11 @@ def test_a_project_of_skipped_blocks_is_not_a_success(project: Project) -> None:
 def test_a_failure_fails_the_build_without_a_flag(project: Project) -> None:
     """Nobody has to remember a flag."""
     project.edit("source/page.rst", "   print(number)\n", "   print(2)\n")
-    build = project.build("doctest", "-Q")
+    build = project.build("doctest", strict=False)
 
+    assert build.kinds == ["failed"]
     assert build.code == 1
+    assert project.build("static", strict=False).code == 0
 
 
 # -- Setup -----------------------------------------------------------------------------
@@ -702,3 +704,7 @@ def test_pages_read_and_written_in_parallel_are_the_same(
     for page in ("page", "more3", "status"):
         pages = [kinds.findall(each.html(page)) for each in both]
         assert pages[0] == pages[1]
+
+    project = both[1]
+    project.edit("source/more3.md", '"wrong"', '"not"')
+    assert project.build("html").written - {"index"} == {"more3", "status"}

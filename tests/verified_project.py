@@ -141,7 +141,11 @@ class Project:
         self.write(name, text.replace(old, new))
 
     def build(
-        self, builder: str = "doctest", *options: str, **environment: str
+        self,
+        builder: str = "doctest",
+        *options: str,
+        strict: bool = True,
+        **environment: str,
     ) -> Build:
         """Build; ``options`` are ``name=value``, or flags such as ``-j2``."""
         flags = [
@@ -149,8 +153,14 @@ class Project:
             for option in options
             for part in ([option] if option.startswith("-") else ["-D", option])
         ]
-        command = [sys.executable, "-m", "sphinx", "-b", builder, "-c", ".", "-W", "-n"]
-        command += ["-d", "build/doctrees", *flags, "source", f"build/{builder}"]
+        command = [sys.executable, "-m", "sphinx", "-b", builder, "-c", ".", "-n"]
+        command += ["-W"] * strict + [
+            "-d",
+            "build/doctrees",
+            *flags,
+            "source",
+            f"build/{builder}",
+        ]
         inherited = {k: v for k, v in os.environ.items() if k != "GUIDE_REQUIRE_GPU"}
         done = subprocess.run(
             command,
