@@ -356,6 +356,16 @@ def test_only_delayed_scaling_has_a_history(recipe: str) -> None:
     assert config.unread() == ["fp8_margin", "fp8_amax_history_len"]
 
 
+def test_blockwise_scaling_leaves_attention_alone() -> None:
+    """Megatron hands fp8_dot_product_attention to the other recipes only."""
+    config = MixedPrecisionConfig(
+        fp8="e4m3", fp8_recipe="blockwise", fp8_dot_product_attention=True
+    )
+
+    assert config.unread() == ["fp8_dot_product_attention"]
+    assert config.te_recipe() == ("Float8BlockScaling", {"fp8_format": "E4M3"})
+
+
 # setup
 
 
