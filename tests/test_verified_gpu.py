@@ -72,14 +72,19 @@ def project(tmp_path: Path) -> Project:
 
 
 def with_gpu(project: Project) -> Project:
-    """Return a copy of the project on a machine with a GPU, without a waiting list."""
+    """Return a copy of the project on a machine with a GPU."""
     there = Project(project.root.with_name("gpu"))
     shutil.rmtree(there.root, ignore_errors=True)
-    shutil.copytree(
-        project.root, there.root, ignore=shutil.ignore_patterns("build", "verification")
-    )
+    shutil.copytree(project.root, there.root, ignore=shutil.ignore_patterns("build"))
     there.write("gpu", f"{H100}\n")
     return there
+
+
+def saved_by(project: Project) -> Path:
+    """Return the one results file that a project has saved."""
+    folder = project.root / "verification"
+    (path,) = (path for path in folder.iterdir() if path.name != "waiting.json")
+    return path
 
 
 def gated_line(project: Project) -> str:
@@ -103,13 +108,13 @@ def test_a_machine_without_a_gpu_skips_with_a_sentence(project: Project) -> None
 
 
 def test_a_machine_with_a_gpu_runs_and_saves(project: Project) -> None:
-    """The file is named after the device, and knows its driver."""
+    """The file is named after the device; what passed is off the waiting list."""
     there = with_gpu(project)
     build = there.build("doctest", "verified_save=verification")
 
     assert build.err == ""
     assert build.tally == ["3 passed, 0 failed, 0 skipped"]
-    (path,) = (there.root / "verification").iterdir()
+    path = saved_by(there)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     saved = there.results(f"verification/{path.name}")
     assert saved["environment"]["device"] == H100
@@ -118,6 +123,17 @@ def test_a_machine_with_a_gpu_runs_and_saves(project: Project) -> None:
         "580",
     )
     assert saved["blocks"]["page#gated"]["status"] == "passed"
+    waiting = json.loads((there.root / "verification/waiting.json").read_text("utf-8"))
+    assert waiting == {"at_most": 0, "blocks": {}}
+
+
+def test_a_pass_that_is_not_saved_must_be(project: Project) -> None:
+    """A list that names what passed is out of date."""
+    build = with_gpu(project).build()
+
+    assert [(w.kind, w.text) for w in build.warnings] == [
+        ("waiting", "page#gated waits but has passed: remove it")
+    ]
 
 
 def test_a_machine_without_a_gpu_saves_under_its_python(project: Project) -> None:
@@ -157,14 +173,12 @@ def test_a_required_gpu_that_is_missing_is_an_error(project: Project) -> None:
 def test_a_required_gpu_that_is_there_is_no_error(project: Project) -> None:
     """Nor is the lack of what only some runners have."""
     there = with_gpu(project)
-    there.write("verification/waiting.json", "")
-    (there.root / "verification/waiting.json").unlink()
     rare = PAGE.replace("gated", "rare").replace("gpu", "gpu tensor-cores")
     there.write("source/rare.rst", rare)
     entry = {**WAITING["blocks"]["page#gated"], "waits_for": ["gpu", "tensor-cores"]}  # type: ignore[index]
     listed = {"at_most": 1, "blocks": {"rare#rare": entry}}
     there.write("verification/waiting.json", json.dumps(listed))
-    build = there.build("doctest", GUIDE_REQUIRE_GPU="1")
+    build = there.build("doctest", "verified_save=verification", GUIDE_REQUIRE_GPU="1")
 
     assert build.err == ""
     assert build.tally[1] == "  skipped: needs imaginary tensor cores (1)"
@@ -192,10 +206,10 @@ def test_results_from_a_gpu_reach_the_page_and_leave_it(project: Project) -> Non
     # The GPU runner proposes its file; the waiting list shrinks with it.
     there = with_gpu(project)
     there.build("doctest", "verified_pages=page", "verified_save=verification")
-    (saved,) = (there.root / "verification").iterdir()
+    saved = saved_by(there)
     committed = f"verification/{saved.name}"
-    project.write(committed, saved.read_text("utf-8"))
-    (project.root / "verification/waiting.json").unlink()
+    for path in (saved, saved.with_name("waiting.json")):
+        project.write(f"verification/{path.name}", path.read_text("utf-8"))
     build = project.build("html")
     assert build.err == ""
     assert build.read == "0 added, 0 changed, 0 removed"
@@ -229,7 +243,7 @@ def test_an_ungated_block_names_the_gpu_and_what_changed(project: Project) -> No
     """The highest rung is the GPU; after an edit the CPU, with a note."""
     there = with_gpu(project)
     there.build("doctest", "verified_save=verification")
-    (saved,) = (there.root / "verification").iterdir()
+    saved = saved_by(there)
     project.write(f"verification/{saved.name}", saved.read_text("utf-8"))
     (project.root / "verification/waiting.json").unlink()
     assert project.build("html").err == ""
@@ -247,7 +261,7 @@ def test_a_failure_elsewhere_is_a_failure(project: Project) -> None:
     there = with_gpu(project)
     there.edit("source/page.rst", "   on the GPU\n", "   elsewhere\n")
     there.build("doctest", "verified_save=verification")
-    (saved,) = (there.root / "verification").iterdir()
+    saved = saved_by(there)
     project.edit("source/page.rst", "   on the GPU\n", "   elsewhere\n")
     project.write(f"verification/{saved.name}", saved.read_text("utf-8"))
     build = project.build("html")

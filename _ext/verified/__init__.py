@@ -18,9 +18,11 @@ Configuration (all optional):
 - ``verified_time_limit``: seconds per block (default 60).
 - ``verified_jobs``: pages run at once; the number of processors if 0.
 - ``verified_preload``: modules imported once for all pages.
-- ``verified_registry``: ``"module:NAME"`` of the capabilities.
+- ``verified_registry``: ``"module:NAME"`` of the capabilities; the module also has
+  ``device()``, which describes the machine.
 - ``verified_local``, ``verified_committed``: folders of results.
-- ``verified_save``: a folder in which ``-b doctest`` writes results to commit.
+- ``verified_save``: a folder in which ``-b doctest`` writes results to commit; what
+  passed leaves the waiting list.
 """
 
 from __future__ import annotations

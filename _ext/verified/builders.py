@@ -66,10 +66,10 @@ class VerifyBuilder(_Checks):
         if all(record.status == "skipped" for record in records):
             self.session.warn("no block was run: all were skipped", "empty")
         write_junit(self.session.local / "junit.xml", records)
-        self.session.check()
-        self.session.judge(ran_everything=not wanted)
         if folder := self.config.verified_save:
             self._save(folder)
+        self.session.check()
+        self.session.judge(ran_everything=not wanted)
         self.session.say(records)
 
     def _selection(self) -> list[str]:
@@ -86,7 +86,7 @@ class VerifyBuilder(_Checks):
         return wanted
 
     def _save(self, folder: str) -> None:
-        """Write the passes and failures as a file to commit."""
+        """Write what passed and failed, to be committed; what passed waits no more."""
         here = self.session.here
         kept = {
             key: record
@@ -100,6 +100,8 @@ class VerifyBuilder(_Checks):
             name += f"-python{here.environment['python']}"
         target = self.session.root / folder / f"{name}.json"
         Results(here.environment, kept).write(target)
+        passed = {key for key, record in kept.items() if record.status == "passed"}
+        self.session.waiting().shrink(self.session.listed, passed)
 
 
 class StaticBuilder(_Checks):

@@ -9,7 +9,7 @@ A result counts only for the block whose hash it carries.
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -145,6 +145,13 @@ class Waiting:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             msg = f"{path.name} is not a waiting list: {error!r}"
             raise ValueError(msg) from error
+
+    def shrink(self, path: Path, passed: Set[str]) -> None:
+        """Write the list without the blocks that passed, if there are such."""
+        left = {key: entry for key, entry in self.blocks.items() if key not in passed}
+        if len(left) < len(self.blocks):
+            content = {"at_most": min(self.at_most, len(left)), "blocks": left}
+            path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
     def problems(self, states: Mapping[str, "State"], today: date) -> list[str]:
         """Say what is wrong with the list itself."""

@@ -52,6 +52,7 @@ class Session:
         self.root = Path(app.confdir)
         self.local = self.root / app.config.verified_local
         self.committed = self.root / app.config.verified_committed
+        self.listed = self.committed / "waiting.json"
         self.registry = environment.load(app.config.verified_registry)
         self.here = read(self.local / "here.json", local=True)
         self.static = read(self.local / "static.json", local=True)
@@ -206,12 +207,7 @@ class Session:
             b.id: judge(b, everywhere, self.static, self.registry)
             for b in self.blocks()
         }
-        listed = self.committed / "waiting.json"
-        try:
-            waiting = Waiting.read(listed)
-        except ValueError as error:
-            self.warn(str(error), "waiting", self._name(listed))
-            waiting = Waiting()
+        waiting = self.waiting()
         for state in self.states.values():
             block = state.block
             where = f"{block.file}:{block.line}"
@@ -226,7 +222,15 @@ class Session:
                 )
                 self.warn(text, "never", where)
         for problem in waiting.problems(self.states, date.today()):
-            self.warn(problem, "waiting", self._name(listed))
+            self.warn(problem, "waiting", self._name(self.listed))
+
+    def waiting(self) -> Waiting:
+        """Read the list of the blocks that may wait; a broken one lets none."""
+        try:
+            return Waiting.read(self.listed)
+        except ValueError as error:
+            self.warn(str(error), "waiting", self._name(self.listed))
+            return Waiting()
 
     def _committed(self) -> Iterator[Results]:
         for path in sorted(self.committed.glob("*.json")):
