@@ -5,12 +5,12 @@ Copy this file into your project; it needs only ``torch``.
 Names, fields, defaults and messages are those of Megatron-Bridge, so that a setting can
 be checked on a laptop before a job waits for GPUs. Nothing here needs a GPU.
 
-    Guide:   source/guide/nemo_recipes.md
+    Guide:   guide/nemo_recipes
     Tests:   tests/test_nemo_recipes.py
-    Sources: NVIDIA-NeMo/Megatron-Bridge v0.6.0 (51885cf1), training/mixed_precision.py
-             and config.py; NVIDIA/Megatron-LM d98e8a64, megatron/core: the configs,
-             fp8_utils.py, fp4_utils.py, the optimizer (who reads a field, who refuses
-             it); nemo-toolkit 2.7.3, the recipes of nemo.collections.llm.
+    Sources: NVIDIA-NeMo/Megatron-Bridge v0.6.0 (2026, 51885cf1), mixed_precision.py and
+             config.py; NVIDIA/Megatron-LM (2026, d98e8a64), megatron/core: configs,
+             fp8_utils.py, fp4_utils.py, optimizer (who reads a field, who refuses it);
+             nemo-toolkit 2.7.3, the recipes of nemo.collections.llm.
     Changed: 2026-11-21
 
 SPDX-License-Identifier: Apache-2.0
