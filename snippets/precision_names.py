@@ -130,7 +130,7 @@ lightning | precision="{}" | ran on a CPU, lightning 2.6.6
 *lightning-fsdp | strategy="fsdp", precision="{}" | plugin ran on a CPU, 2.6.6
 *lightning-deepspeed | strategy="deepspeed", precision="{}" | plugin ran on a CPU, 2.6.6
 nemo | trainer.precision: {} | read, nemo-toolkit 3.0.0
-nemo-framework | {} | read, NVIDIA/NeMo 8cfedd72 (2.6.0rc0)
+nemo-framework | {} | read, NVIDIA/NeMo 8cfedd72; recipes ran, nemo-toolkit 2.7.3
 megatron-bridge | mixed_precision="{}" | read, NVIDIA-NeMo/Megatron-Bridge v0.6.0
 megatron | {} | read, NVIDIA/Megatron-LM d98e8a64 (2026-08-22)
 nemo-rl | policy.precision: {} | read, NVIDIA-NeMo/RL 7ea279ab (2026-08-22)
@@ -251,9 +251,8 @@ def _read_names() -> list[Name]:
             also = (own.replace("_", "-"),)
             names.append(Name("megatron-bridge", own, also, core, hardware, ""))
             names.append(Name("megatron", f"--{half} {flags}", (), core, hardware, ""))
-            if "nvfp4" not in own:  # NeMo Framework: one other name, one other format
+            if "nvfp4" not in own:
                 own = own.replace("_delayed_scaling", "")
-                core = replace(core, compute=compute.replace("E4M3", "hybrid"))
                 names.append(
                     Name("nemo-framework", own, (), core, hardware, "a recipe")
                 )
