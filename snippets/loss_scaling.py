@@ -2,7 +2,7 @@
 
 Copy this file into your project; it needs only ``torch`` (2.6 or newer).
 
-    Guide:   source/guide/loss_scaling.md
+    Guide:   guide/loss_scaling
     Tests:   tests/test_loss_scaling.py
     Sources: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2 (loss scaling);
              PyTorch 2.13, torch/amp/grad_scaler.py (names, defaults and policy);
