@@ -62,11 +62,8 @@ _HALVES = {"bfloat16": "bf16", "float16": "fp16"}
 _DTYPES = ("float32", *_HALVES)
 _ENGINE_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 _SWITCH = (True, False)
-_TRAIN, _DTENSOR, _GEN = (
-    "policy.megatron_cfg",
-    "policy.dtensor_cfg",
-    "policy.generation",
-)
+_TRAIN, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
+_GEN = "policy.generation"
 _OPTIMIZER, _FP8, _VLLM = f"{_TRAIN}.optimizer", f"{_TRAIN}.fp8_cfg", f"{_GEN}.vllm_cfg"
 _DDP = f"{_TRAIN}.distributed_data_parallel_config"
 _TIS = "truncated_importance_sampling"
@@ -79,7 +76,7 @@ _SECTIONS: dict[str, dict[str, tuple[object, ...] | _Number | None]] = {
         "pipeline_dtype": _DTYPES,
         "moe_router_dtype": ("fp32", "fp64", None),
         "defer_fp32_logits": (*_SWITCH, None),
-        "fp32_lm_head": (*_SWITCH, None),
+        "fp32_lm_head": (*_SWITCH, None),  # from September 2026 on
         "mtp_loss_scaling_factor": None,
     },
     _OPTIMIZER: {
@@ -376,9 +373,7 @@ def _check_training(config: _Config, say: _Say) -> None:
         say("error", f"{_FP8}.enabled", text, "write true or false")
     for key in ("fp8", "fp8_recipe", "fp8_param"):
         if fp8 is True and key not in given and not config.inherits:
-            say(
-                "error", f"{_FP8}.{key}", "NeMo RL reads it without a default", "add it"
-            )
+            say("error", f"{_FP8}.{key}", "it has no default", "add it")
     if fp8 is True and get(f"{_FP8}.fp8_param") is True:
         text = "with weights in FP8 token_mult_prob_error can be NaN (issue 1164)"
         say("warning", f"{_FP8}.fp8_param", text, "start with false")
@@ -415,8 +410,9 @@ def _check_rollouts(config: _Config, say: _Say) -> None:
         if get(f"{_VLLM}.{key}") not in (MISSING, False) and rollout != "fp8":
             text = "without vllm_cfg.precision=fp8 nothing reads it"
             say("warning", f"{_VLLM}.{key}", text, "remove it")
-    trainer = get(f"{_TRAIN}.fp32_lm_head") is True
-    trainer |= "32" in str(get(f"{_DTENSOR}.moe_parallelizer.lm_head_precision"))
+    head = get(f"{_DTENSOR}.moe_parallelizer.lm_head_precision")
+    trainer = _DTENSOR in config.sections and "32" in str(head)
+    trainer |= _TRAIN in config.sections and get(f"{_TRAIN}.fp32_lm_head") is True
     engine = get(f"{_VLLM}.fp32_lm_head") is True
     engine |= get(f"{_VLLM}.env_vars.NRL_VLLM_FP32_LM_HEAD") == "1"
     if trainer != engine and rollout is not MISSING:

@@ -120,7 +120,7 @@ CASES = [
     ({"policy.mixed_precision": "bf16"}, "error", "", "policy.precision"),
     ({"policy.fp16": True}, "error", "", f"it is {OPTIMIZER}.fp16"),
     ({"policy.fp8": True}, "error", "", f"it is {FP8}"),
-    ({"policy.precison": "bfloat16"}, "error", "", "did you mean precision?"),
+    ({"policy.precisions": "bfloat16"}, "error", "", "did you mean precision?"),
     ({"policy.grad_reduce_in_fp32": True}, "error", "", f"{MEGATRON}.distributed"),
     ({"policy.weights_dtype": "x"}, "error", "", "keys about precision here"),
     ({f"{FP8}.fp8_params": False}, "error", "", "did you mean fp8_param?"),
@@ -134,6 +134,7 @@ CASES = [
     ({"policy.precision": "bf16"}, "error", "", "write 'bfloat16'"),
     ({"policy.precision": "torch.bfloat16"}, "error", "", "write 'bfloat16'"),
     ({"policy.precision": "bf16-mixed"}, "error", "", "write 'bfloat16'"),
+    ({"policy.precision": "bfloat_16"}, "error", "", "write 'bfloat16'"),
     ({"policy.precision": 16}, "error", "", "write 'float16'"),
     ({"policy.precision": "fp8"}, "error", "", f"it is {FP8}"),
     ({"policy.precision": None}, "error", "", "write one of float32, bfloat16"),
@@ -141,9 +142,11 @@ CASES = [
     ({"policy.max_grad_norm": True}, "error", "", "number from 0 or null"),
     ({"policy.max_grad_norm": "1.0"}, "error", "", "number from 0 or null"),
     ({"policy.max_grad_norm": float("nan")}, "error", "", "number from 0 or null"),
+    ({"policy.max_grad_norm": float("inf")}, "error", "", "number from 0 or null"),
     ({"policy.max_grad_norm": -1}, "error", "", "number from 0 or null"),
     ({f"{MEGATRON}.moe_router_dtype": "float32"}, "error", "", "fp32, fp64"),
     ({f"{OPTIMIZER}.bf16": "true"}, "error", "", "true or false, without quotes"),
+    ({f"{OPTIMIZER}.bf16": 1}, "error", "", "true or false, without quotes"),
     ({f"{FP8}.fp8": "e5m2"}, "error", "", "e4m3"),
     ({f"{FP8}.fp8_recipe": "block"}, "error", "", "blockwise"),
     ({f"{VLLM}.kv_cache_dtype": "fp8_e5m2"}, "error", "", "fp8_e4m3"),
@@ -266,16 +269,38 @@ def test_every_engine_is_compared(backend: str, key: str) -> None:
     assert not judged(changed(cfg))
 
 
-def test_fp16_is_warned_of_on_dtensor_only() -> None:
-    """DTensor scales no loss; Megatron does where the optimizer is told."""
+def test_dtensor_has_neither_a_loss_scaler_nor_fp8() -> None:
+    """Megatron has both, where it is told; DTensor has a key without a default."""
     fp16: dict[str, object] = {"policy.precision": "float16"}
     fp16 |= {f"{OPTIMIZER}.bf16": False, f"{OPTIMIZER}.fp16": True}
     dtensor = {f"{MEGATRON}.enabled": False, "policy.dtensor_cfg.enabled": True}
 
     assert not judged(changed(fp16))
     assert judged(changed(fp16 | dtensor)) == {("warning", "policy.precision")}
+    fp8 = changed({**dtensor, f"{FP8}.enabled": True, CORRECTION: True})
+    assert judged(fp8) == {("error", f"{FP8}.enabled")}
     without = changed({**dtensor, "policy.max_grad_norm": MISSING})
     assert judged(without) == {("error", "policy.max_grad_norm")}
+
+
+def test_the_head_is_in_float32_on_both_sides_or_on_neither() -> None:
+    """Whichever key says so; what is said of a trainer that is off does not count."""
+    megatron = {f"{MEGATRON}.fp32_lm_head": True}
+    engines: list[dict[str, object]] = [
+        {f"{VLLM}.fp32_lm_head": True},
+        {f"{VLLM}.env_vars.NRL_VLLM_FP32_LM_HEAD": "1"},
+    ]
+    off = {f"{MEGATRON}.enabled": False, "policy.dtensor_cfg.enabled": True}
+    dtensor = {"policy.dtensor_cfg.moe_parallelizer.lm_head_precision": "float32"}
+    one_side = {("warning", f"{VLLM}.fp32_lm_head")}
+
+    for engine in engines:
+        assert judged(changed(engine)) == one_side
+        assert not judged(changed({**engine, **megatron}))
+        assert not judged(changed({**engine, **off, **dtensor}))
+    assert judged(changed({**off, **dtensor})) == one_side
+    assert not judged(changed({**off, **megatron}))
+    assert not judged(changed(dtensor))
 
 
 def test_other_keys_are_not_judged_but_other_sections_are_named() -> None:
