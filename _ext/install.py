@@ -169,6 +169,11 @@ def _install(options: argparse.Namespace) -> None:
     began = time.monotonic()
     with options.log.open("w", encoding="utf-8") as log:
         if not is_usable(venv, any_python=not options.chosen):
+            if venv.is_symlink():
+                raise Failure(
+                    f"{venv} is a link to {os.path.realpath(str(venv))}, which a new"
+                    " environment would empty: remove the link"
+                )
             _check_disk(venv, needed)
             _run([sys.executable, "-m", "venv", "--clear", str(venv)], log, needed)
         (venv / _UNFINISHED).touch()

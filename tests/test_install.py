@@ -340,3 +340,19 @@ def test_make_names_a_missing_python() -> None:
 
     assert result.returncode != 0
     assert "there is no no-such-python: install Python 3.11" in result.stderr
+
+
+def test_what_a_link_leads_to_is_kept(tmp_path: Path) -> None:
+    """A .venv that is a link is refused: making it anew would empty its target."""
+    write_wheel(tmp_path)
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "kept").write_text("mine", "utf-8")
+    (tmp_path / ".venv").symlink_to(target)
+
+    result = run_installer(tmp_path)
+
+    assert result.returncode == 1
+    assert "is a link to" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (target / "kept").read_text("utf-8") == "mine"
