@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verified_project import Project
+from tests.verified_project import WAITING, Project
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -49,17 +49,6 @@ Status
 
 .. verification-status::
 """
-
-WAITING = {
-    "at_most": 1,
-    "blocks": {
-        "page#gated": {
-            "waits_for": ["gpu"],
-            "since": "2026-11-21",
-            "reason": "no GPU is at hand",
-        }
-    },
-}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from verified.results import Waiting
 
-from tests.verified_project import Project
+from tests.verified_project import WAITING, Project
 
 # Two groups, and a note of each run in the file that @LEDGER@ names.
 PAGE = """
@@ -72,17 +72,6 @@ Words between the code and its output.
 not
 ```
 """
-
-WAITING = {
-    "at_most": 1,
-    "blocks": {
-        "page#gated": {
-            "waits_for": ["gpu"],
-            "since": "2026-11-21",
-            "reason": "no GPU is at hand",
-        }
-    },
-}
 
 
 @pytest.fixture

@@ -27,6 +27,18 @@ _WARNING = re.compile(
 )
 _UNLOCATED = re.compile(r"^WARNING: (.*) \[verified\.([\w-]+)\]$", re.MULTILINE)
 
+# The list that lets page#gated wait.
+WAITING = {
+    "at_most": 1,
+    "blocks": {
+        "page#gated": {
+            "waits_for": ["gpu"],
+            "since": "2026-11-21",
+            "reason": "no GPU is at hand",
+        }
+    },
+}
+
 
 @dataclass(frozen=True)
 class Warned:
