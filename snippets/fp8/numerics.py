@@ -1,0 +1,645 @@
+"""Compute Transformer Engine's scales, codes and histories, bit for bit, on any device.
+
+Copy the folder ``fp8`` into your project; it needs only ``torch``.
+
+Scales and the amax history of delayed scaling follow the fused CUDA kernels, which
+differ from the textbook where amax is zero, tiny, Inf or NaN. The quantizers return
+``(codes, inv_scale)``, and `dequantize` inverts each of them.
+
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_numerics.py
+    Sources: NVIDIA Transformer Engine 2.20, common/recipe/delayed_scaling.cu and
+             recipe_common.cuh (scales), common/util/ptx.cuh (E8M0),
+             common/cast/nvfp4/core_nvfp4.cuh (two-level scales),
+             pytorch/custom_recipes/reference_nvfp4.py (Hadamard transform);
+             Micikevicius et al. 2022, arXiv:2209.05433, section 3 (E4M3, E5M2);
+             Open Compute Project 2023, Microscaling Formats 1.0, section 6.3 ("floor");
+             NVIDIA 2025, arXiv:2509.25149, section 4 (NVFP4).
+    Changed: 2026-11-22
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from .codes import (
+    FP4_MAX,
+    FP8_MAX,
+    block_amax,
+    check_input,
+    decode_fp4,
+    decode_fp8,
+    encode_fp4,
+    encode_fp8,
+    fp8_dtype,
+)
+
+__all__ = [
+    "compute_amax",
+    "compute_current_scale",
+    "compute_scale",
+    "dequantize",
+    "hadamard_transform",
+    "quantize_block",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
+    "quantize_tensor",
+    "update_amax_history",
+    "update_delayed_scaling",
+]
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+# Infinite scales become the largest number of the dtype that was quantized.
+_NVFP4_RANGE = FP4_MAX * FP8_MAX[torch.float8_e4m3fn]
+_MX_BLOCK = 32
+_NVFP4_BLOCK = 16
+# dtype of inv_scale: the block length it is stored with where nothing else is said.
+_BLOCKS = {
+    torch.float32: 128,
+    torch.float8_e8m0fnu: _MX_BLOCK,
+    torch.float8_e4m3fn: _NVFP4_BLOCK,
+}
+# Of the randomized transform, fixed in Transformer Engine's kernels: 1 is a minus.
+_SIGNS = 0b1101001111101000
+_ROUNDINGS = ("up", "floor")
+
+
+class DelayedScalingRecipe(Protocol):
+    """What `update_delayed_scaling` reads of a recipe."""
+
+    margin: int
+    amax_compute_algo: Any  # "max", "most_recent" or a function of the history
+    scaling_factor_compute_algo: Callable[..., Tensor] | None
+
+
+def compute_amax(x: Tensor) -> Tensor:
+    """Return the largest magnitude in ``x``, NaN left out.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape.
+
+    Returns:
+        float32, no dimensions; 0 for an empty tensor, Inf if there is one.
+
+    Any other dtype of ``x`` is a TypeError.
+
+    Example:
+        >>> compute_amax(torch.tensor([1.0, -3.0, float("nan")]))
+        tensor(3.)
+    """
+    x = check_input(x)
+    if not x.numel():
+        return torch.zeros((), device=x.device)
+    low, high = torch.aminmax(x)
+    amax = torch.maximum(-low, high)
+    if amax.isnan():
+        amax = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).max()
+    return amax.float()
+
+
+def update_amax_history(history: Tensor) -> Tensor:
+    """Return the history with this step's amax moved to the end and a free first row.
+
+    Row 0 is where the current step collects its amax, rows 1 (oldest) to L - 1 (newest)
+    are past steps: ``new[0] = 0``, ``new[i] = history[i + 1]``, ``new[L - 1] =
+    history[0]``. A column whose row 0 is zero saw no data and stays as it is; NaN is
+    not zero.
+
+    Args:
+        history: float32, [L, n], or [L].
+
+    Returns:
+        A new tensor, the shape of ``history``.
+
+    Example:
+        >>> update_amax_history(torch.tensor([4.0, 1.0, 2.0, 3.0])).tolist()
+        [0.0, 2.0, 3.0, 4.0]
+    """
+    rolled = history.roll(-1, 0)
+    rolled[0] = 0.0
+    return torch.where(history[0] == 0, history, rolled)
+
+
+def compute_scale(
+    amax: Tensor, scale: Tensor, fp8_max: float, margin: int = 0
+) -> Tensor:
+    """Return the scale that maps ``amax`` to ``fp8_max / 2**margin``, or the old one.
+
+    ``fp8_max * 2**-margin / amax``, divided once in float32. Where amax is zero, Inf or
+    NaN the old scale stays; where the quotient is Inf it is the largest float32.
+
+    Args:
+        amax: float32, any shape.
+        scale: float32, the shape of ``amax``: what stays where amax says nothing.
+        fp8_max: 448 for E4M3, 57344 for E5M2.
+        margin: Powers of two to leave free below ``fp8_max``.
+
+    Returns:
+        A new tensor, float32, the shape of ``amax``.
+
+    Example:
+        >>> amax = torch.tensor([0.0, 7.0, float("inf")])
+        >>> compute_scale(amax, torch.ones(3), 448.0).tolist()
+        [1.0, 64.0, 1.0]
+    """
+    largest = torch.tensor(fp8_max * 2.0**-margin, device=amax.device)
+    # torch.div: a Python number over a tensor would multiply by the reciprocal.
+    fresh = torch.div(largest, amax)
+    scale = torch.where(amax.isfinite() & (amax > 0), fresh, scale)
+    return scale.clamp(max=_FLOAT32_MAX)
+
+
+def update_delayed_scaling(
+    history: Tensor, scale: Tensor, fp8_max: float, recipe: DelayedScalingRecipe
+) -> tuple[Tensor, Tensor]:
+    """Return history and scale after a step of delayed scaling.
+
+    ``amax`` is the largest of the whole history ("max"), NaN left out, or this step's
+    ("most_recent"); then `compute_scale` and `update_amax_history`. A column without
+    data in this step keeps both its history and its scale. An Inf keeps the old scale
+    for as long as it counts: L steps under "max", one under "most_recent".
+
+    A function as ``amax_compute_algo`` or ``scaling_factor_compute_algo`` takes the
+    road that Transformer Engine takes for it, written in PyTorch rather than CUDA:
+    every column is moved, "max" is NaN where there is one, and the default scale is
+    ``(1 / amax * fp8_max) / 2**margin``, rounded at each step.
+
+    Args:
+        history: float32, [L, n], L >= 1: row 0 is this step's amax.
+        scale: float32, [n].
+        fp8_max: 448 for E4M3, 57344 for E5M2.
+        recipe: Has ``margin``, ``amax_compute_algo`` ("max", "most_recent" or a
+            function of the history that returns [n]) and
+            ``scaling_factor_compute_algo`` (None, or a function of amax, scale, fp8_max
+            and the recipe).
+
+    Returns:
+        New tensors, in the shapes of ``history`` and ``scale``.
+
+    Raises:
+        ValueError: ``amax_compute_algo`` is another string, or the shapes disagree.
+    """
+    if history.dim() < 1 or not history.shape[0] or history.shape[1:] != scale.shape:
+        got = f"{list(history.shape)} and {list(scale.shape)}"
+        msg = f"history must be [L, n] with L >= 1 and scale [n], got {got}"
+        raise ValueError(msg)
+    algo, compute = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
+    if not callable(algo) and algo not in {"max", "most_recent"}:
+        msg = f"amax_compute_algo must be 'max' or 'most_recent', got {algo!r}"
+        raise ValueError(msg)
+    if callable(algo) or compute is not None:
+        return _update_unfused(history, scale, fp8_max, recipe)
+    amax = history[0]
+    if algo == "max":
+        seen = history.nan_to_num(nan=0.0, posinf=torch.inf).amax(0)
+        amax = torch.where(amax == 0, 0.0, seen)
+    scale = compute_scale(amax, scale, fp8_max, recipe.margin)
+    return update_amax_history(history), scale
+
+
+def _update_unfused(
+    history: Tensor, scale: Tensor, fp8_max: float, recipe: DelayedScalingRecipe
+) -> tuple[Tensor, Tensor]:
+    algo, compute = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
+    history, scale = history.clone(), scale.clone()  # a function may write to them
+    if callable(algo):
+        amax = algo(history)
+    else:
+        amax = history.amax(0) if algo == "max" else history[0].clone()
+    rolled = history.roll(-1, 0)
+    rolled[0] = 0.0
+    if compute is not None:
+        return rolled, compute(amax, scale, fp8_max, recipe).clone()
+    fresh = amax.reciprocal() * fp8_max / 2**recipe.margin
+    fresh = torch.where(amax.isfinite() & (amax > 0), fresh, scale)
+    return rolled, torch.where(fresh.isinf(), _FLOAT32_MAX, fresh)
+
+
+def compute_current_scale(
+    amax: Tensor, fp8_max: float, power_of_2: bool = False, epsilon: float = 0.0
+) -> Tensor:
+    """Return the scale that maps ``amax`` to ``fp8_max``, or 1 where there is none.
+
+    ``fp8_max / max(amax, epsilon)``, divided once in float32; 1 where that amax is
+    zero, Inf or NaN. Where the quotient is Inf it is the largest float32.
+    ``power_of_2`` rounds it down to a power of two.
+
+    Args:
+        amax: float32, any shape, >= 0.
+        fp8_max: 448 for E4M3, 57344 for E5M2.
+        power_of_2: Round down.
+        epsilon: Smallest amax to use.
+
+    Returns:
+        A new tensor, float32, the shape of ``amax``.
+
+    Example:
+        >>> amax = torch.tensor([0.0, 3.0])
+        >>> compute_current_scale(amax, 448.0, power_of_2=True).tolist()
+        [1.0, 128.0]
+    """
+    return _current_scale(amax, fp8_max, power_of_2, epsilon, _FLOAT32_MAX)
+
+
+def _current_scale(
+    amax: Tensor, fp8_max: float, power_of_2: bool, epsilon: float, largest: float
+) -> Tensor:
+    amax = torch.where(amax < epsilon, epsilon, amax)
+    scale = torch.div(torch.tensor(fp8_max, device=amax.device), amax)
+    scale = torch.where(scale.isinf(), largest, scale)
+    if power_of_2:
+        scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)
+    return torch.where(amax.isfinite() & (amax != 0), scale, 1.0)
+
+
+def quantize_tensor(
+    x: Tensor,
+    fmt: torch.dtype | str,
+    scale: Tensor | float,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return FP8 codes of ``x * scale``, and ``1 / scale``.
+
+    The product is rounded to float32, then to nearest with ties to even; what is
+    larger than the format's largest number, Inf included, becomes that number. NaN
+    stays NaN, zeros keep their sign.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides.
+        fmt: ``torch.float8_e4m3fn`` or ``"E4M3"``, ``torch.float8_e5m2`` or ``"E5M2"``.
+        scale: One number, or a float32 tensor of one element.
+        out: Where to store the codes: contiguous, the shape of ``x``.
+
+    Returns:
+        codes: The dtype of ``fmt``, the shape of ``x``, contiguous.
+        inv_scale: float32, the shape of ``scale``.
+
+    Any other dtype of ``x`` is a TypeError.
+
+    Raises:
+        ValueError: ``fmt`` is another format, or ``scale`` has several elements.
+
+    Example:
+        >>> codes, inv_scale = quantize_tensor(torch.tensor([0.5, 7.0]), "E4M3", 64.0)
+        >>> codes.tolist(), inv_scale.item()
+        ([32.0, 448.0], 0.015625)
+    """
+    x, dtype = check_input(x), fp8_dtype(fmt)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+    if scale.numel() != 1:
+        msg = f"scale must have one element, got shape {list(scale.shape)}"
+        raise ValueError(msg)
+    return encode_fp8(x, dtype, scale, out), scale.reciprocal()
+
+
+def quantize_block(
+    x: Tensor,
+    fmt: torch.dtype | str,
+    block: tuple[int, int] = (1, 128),
+    power_of_2: bool = True,
+    epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return FP8 codes of ``x`` with a float32 scale for each block.
+
+    The scale of a block is that of `compute_current_scale` for its amax, NaN left out;
+    where the quotient is Inf it is the largest number of the dtype of ``x``. A block
+    at the edge has the scale of the elements that exist.
+
+    Args:
+        x: float32, bfloat16 or float16, [..., K], seen as a matrix [rows, K].
+        fmt: ``torch.float8_e4m3fn`` or ``"E4M3"``, ``torch.float8_e5m2`` or ``"E5M2"``.
+        block: Rows and columns of a block: (1, 128) for activations and gradients,
+            (128, 128) for weights. A transposed quantization is that of ``x.mT``.
+        power_of_2: Round scales down to powers of two.
+        epsilon: Smallest amax to use.
+
+    Returns:
+        codes: The dtype of ``fmt``, the shape of ``x``.
+        inv_scale: float32, [ceil(rows / block[0]), ceil(K / block[1])], the logical
+            order. (Transformer Engine stores 1 x 128 scales transposed, rows padded to
+            a multiple of four.)
+
+    Any other dtype of ``x`` is a TypeError.
+
+    Raises:
+        ValueError: ``fmt`` is another format, ``x`` has no dimensions, or ``block`` is
+            not two positive integers.
+
+    Example:
+        >>> codes, inv_scale = quantize_block(torch.ones(2, 256), "E4M3")
+        >>> codes[0, 0].item(), inv_scale.tolist()
+        (256.0, [[0.00390625, 0.00390625], [0.00390625, 0.00390625]])
+    """
+    x, dtype = check_input(x), fp8_dtype(fmt)
+    if [type(n) is int and n > 0 for n in block] != [True, True]:
+        msg = f"block must be two positive integers, got {block!r}"
+        raise ValueError(msg)
+    tiles = _tiles(x, block)
+    amax, largest = block_amax(tiles), torch.finfo(x.dtype).max
+    scale = _current_scale(amax, FP8_MAX[dtype], power_of_2, epsilon, largest)
+    return _encode_tiles(x, tiles, dtype, scale), scale.reciprocal()
+
+
+def quantize_mxfp8(
+    x: Tensor, fmt: torch.dtype | str, axis: int | None = -1, rounding: str = "up"
+) -> tuple[Tensor, Tensor]:
+    """Return FP8 codes of ``x`` with an E8M0 scale for each 32 elements: MXFP8.
+
+    ``inv_scale`` is ``amax * (1 / fp8_max)`` rounded up to a power of two, so that
+    nothing saturates; the codes are those of ``x / inv_scale``. NaN is left out of
+    amax. An Inf makes it 2**127, and is stored as the largest number. A block of zeros
+    has 2**-127, the smallest, for E8M0 has no zero.
+
+    Args:
+        x: float32, bfloat16 or float16, [..., K], seen as a matrix [rows, K].
+        fmt: ``torch.float8_e4m3fn`` or ``"E4M3"``, ``torch.float8_e5m2`` or ``"E5M2"``.
+        axis: -1 for blocks along a row, -2 for blocks along a column, None for blocks
+            of 32 by 32 (Transformer Engine's ``enable_2d_quantization``).
+        rounding: ``"up"``, or ``"floor"`` for the rule of the OCP specification,
+            2**(floor(log2(amax)) - floor(log2(fp8_max))): the largest elements of some
+            blocks saturate.
+
+    Returns:
+        codes: The dtype of ``fmt``, the shape of ``x``.
+        inv_scale: ``torch.float8_e8m0fnu``, [rows, K / 32], [rows / 32, K], or
+            [rows / 32, K / 32].
+
+    Any other dtype of ``x`` is a TypeError.
+
+    Raises:
+        ValueError: ``fmt``, ``axis`` or ``rounding`` is another, or a dimension that is
+            cut into blocks is no multiple of 32.
+
+    Example:
+        >>> codes, inv_scale = quantize_mxfp8(torch.full((1, 32), 3.0), "E4M3")
+        >>> codes[0, 0].item(), inv_scale.float().item()
+        (384.0, 0.0078125)
+    """
+    x, dtype = check_input(x), fp8_dtype(fmt)
+    blocks = {-1: (1, 32), -2: (32, 1), 0: (32, 1), 1: (1, 32), None: (32, 32)}
+    if axis not in blocks:
+        msg = f"axis must be -1 (rows), -2 (columns) or None (32 x 32), got {axis!r}"
+        raise ValueError(msg)
+    if rounding not in _ROUNDINGS:
+        msg = f"rounding must be one of {_ROUNDINGS}, got {rounding!r}"
+        raise ValueError(msg)
+    block = blocks[axis]
+    if any(n % size for n, size in zip(_matrix(x), block, strict=True)):
+        dims = list(x.shape)
+        msg = f"MXFP8 requires tensor dims that are divisible by 32 (got shape={dims})"
+        raise ValueError(msg)
+    tiles = _tiles(x, block)
+    amax = block_amax(tiles)
+    if rounding == "up":
+        exponent = _exponent_up(amax * (1.0 / FP8_MAX[dtype]))
+    else:
+        exponent = amax.view(torch.int32) >> 23
+        exponent -= math.frexp(FP8_MAX[dtype])[1] - 1
+        exponent.clamp_(0, 254)
+    # The reciprocal, by its bits: that of 2**127 is subnormal.
+    bits = torch.where(exponent == 254, 0x00400000, (254 - exponent) << 23)
+    codes = _encode_tiles(x, tiles, dtype, bits.view(torch.float32))
+    return codes, exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _exponent_up(value: Tensor) -> Tensor:
+    bits = value.view(torch.int32)
+    exponent, rest = bits >> 23, bits & 0x7FFFFF
+    up = (rest > 0) & ((exponent > 0) | (rest > 0x400000))
+    return (exponent + up.int()).clamp_(max=254)
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Return ``x`` with each 16 elements of a row rotated by one orthogonal matrix.
+
+    ``x @ diag(signs) @ H / 4``, with Sylvester's Hadamard matrix ``H`` of order 16 and
+    Transformer Engine's fixed signs: an outlier is spread over 16 elements, and the
+    product of two matrices transformed along their common dimension is unchanged.
+
+    Args:
+        x: bfloat16, as in Transformer Engine, [..., K], K a multiple of 16.
+
+    Returns:
+        bfloat16, the shape of ``x``.
+
+    Raises:
+        TypeError: ``x`` is of another dtype.
+        ValueError: K is no multiple of 16.
+
+    Example:
+        >>> x = torch.zeros(16, dtype=torch.bfloat16)
+        >>> x[0] = 4.0
+        >>> hadamard_transform(x).unique().tolist()
+        [1.0]
+    """
+    if x.dtype != torch.bfloat16:
+        msg = f"the Hadamard transform takes bfloat16, got {x.dtype}"
+        raise TypeError(msg)
+    if not x.dim() or x.shape[-1] % _NVFP4_BLOCK:
+        dims = list(x.shape)
+        msg = f"the Hadamard transform needs a multiple of 16 columns, got shape={dims}"
+        raise ValueError(msg)
+    place = torch.arange(_NVFP4_BLOCK)
+    both = place[:, None] & place
+    # Minus where the two places have an odd number of common bits, or the sign is one.
+    odd = sum((both >> bit) & 1 for bit in range(4)) + ((_SIGNS >> place[:, None]) & 1)
+    matrix = (0.25 - 0.5 * (odd % 2)).to(x)
+    return (x.reshape(-1, _NVFP4_BLOCK) @ matrix).view(x.shape)
+
+
+def quantize_nvfp4(
+    x: Tensor,
+    two_d: bool = False,
+    hadamard: bool = False,
+    stochastic: bool = False,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return FP4 codes of ``x`` with an E4M3 scale for each 16 and one for the tensor.
+
+    With ``S = 2688 / amax`` for the tensor, the scale of a block is ``s =
+    E4M3(amax_block * (S * (1 / 6)))``, and its codes are those of ``x * (1 / (s * (1 /
+    S)))``, where each operation is rounded to float32. NaN is left out of both amax
+    and becomes +6; Inf makes ``S`` 1, and a tensor of zeros does.
+
+    Args:
+        x: float32, bfloat16 or float16, [..., K], seen as a matrix [rows, K].
+        two_d: Blocks of 16 by 16 instead of 1 by 16, for weights: the transposed
+            tensor then has the same codes.
+        hadamard: Apply `hadamard_transform` first: for the operands of the weight's
+            gradient, which are passed transposed. bfloat16 only.
+        stochastic: Round the codes at random, for gradients.
+        generator: Of the random numbers, 8 bits an element, drawn in logical order.
+
+    Returns:
+        codes: uint8, [..., K / 2], element 0 in the low nibble.
+        inv_scale: ``torch.float8_e4m3fn``, [rows, K / 16]; with ``two_d`` each scale
+            stands in 16 rows.
+        amax: float32, no dimensions.
+
+    Any other dtype of ``x`` is a TypeError.
+
+    Raises:
+        ValueError: K, or with ``two_d`` the number of rows, is no multiple of 16.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.5, 1.0, 6.0] * 4])
+        >>> codes, inv_scale, amax = quantize_nvfp4(x)
+        >>> codes[0, :2].tolist(), inv_scale.item(), amax.item()
+        ([16, 114], 448.0, 6.0)
+    """
+    x = check_input(x)
+    rows, columns = _matrix(x)
+    if columns % _NVFP4_BLOCK or (two_d and rows % _NVFP4_BLOCK):
+        dims = list(x.shape)
+        msg = f"NVFP4 requires tensor dims that are divisible by 16 (got shape={dims})"
+        raise ValueError(msg)
+    if hadamard:
+        x = hadamard_transform(x)
+    amax = compute_amax(x)
+    tiles = _tiles(x, (_NVFP4_BLOCK if two_d else 1, _NVFP4_BLOCK))
+    largest = torch.tensor(_NVFP4_RANGE, device=x.device)
+    total = torch.div(largest, amax).clamp_(max=_FLOAT32_MAX)
+    total = torch.where((amax == 0) | (total == 0), 1.0, total)
+    sixth = torch.tensor(1.0 / FP4_MAX, device=x.device)
+    wanted = block_amax(tiles) * (total * sixth)
+    e4m3 = torch.float8_e4m3fn
+    inv_scale = wanted.clamp_(max=FP8_MAX[e4m3]).to(e4m3)
+    scale = (decode_fp8(inv_scale) * total.reciprocal()).reciprocal_()
+    scale.clamp_(max=_FLOAT32_MAX)
+    scaled = tiles.float() * scale[:, None, :, None]
+    codes = encode_fp4(scaled.view(x.shape), stochastic, generator)
+    if two_d:
+        inv_scale = inv_scale.repeat_interleave(_NVFP4_BLOCK, 0)
+    return codes, inv_scale, amax
+
+
+def dequantize(
+    codes: Tensor,
+    inv_scale: Tensor,
+    amax: Tensor | None = None,
+    *,
+    block: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the numbers that codes and scales stand for.
+
+    ``codes * inv_scale``, rounded to float32; for NVFP4, which has uint8 codes,
+    ``codes * (inv_scale * amax * (1 / 2688))``. Then rounded to ``dtype``.
+
+    Args:
+        codes: From any of the quantizers.
+        inv_scale: What it came with.
+        amax: Of the whole tensor, for NVFP4.
+        block: Rows and columns of a block. If None it is read off the shapes: along
+            each dimension 1 where ``inv_scale`` is as long as ``codes``, and otherwise
+            128 for float32, 32 for E8M0 and 16 for E4M3 scales.
+        dtype: Of the result: float32, bfloat16 or float16.
+        out: Where to store a float32 result: contiguous, the shape of the result.
+
+    Returns:
+        ``dtype``, the shape of what was quantized, contiguous. A Hadamard transform is
+        not undone.
+
+    Raises:
+        TypeError: ``codes`` is of a dtype that no quantizer returns.
+        ValueError: ``inv_scale`` does not fit ``codes``, or ``amax`` is missing or
+            superfluous.
+
+    Example:
+        >>> codes, inv_scale = quantize_tensor(torch.tensor([0.5, 7.1]), "E4M3", 64.0)
+        >>> dequantize(codes, inv_scale).tolist()
+        [0.5, 7.0]
+    """
+    if codes.dtype not in {*FP8_MAX, torch.uint8}:
+        allowed = "torch.float8_e4m3fn, torch.float8_e5m2 or, for NVFP4, torch.uint8"
+        msg = f"codes must be {allowed}, got {codes.dtype}"
+        raise TypeError(msg)
+    if (codes.dtype == torch.uint8) != (amax is not None):
+        msg = "amax is for NVFP4, which has uint8 codes, and needed there"
+        raise ValueError(msg)
+    if amax is not None:
+        values = decode_fp4(codes)
+        values = values if out is None else out.copy_(values)
+        scale = decode_fp8(inv_scale) * amax * torch.tensor(1.0 / _NVFP4_RANGE)
+        tiles = _tiles(values, block_of(values, inv_scale, block))
+        tiles.mul_(scale[:, None, :, None])
+        return values.to(dtype)
+    if inv_scale.dtype == torch.float32 and inv_scale.numel() == 1 and block is None:
+        return decode_fp8(codes, inv_scale, out).to(dtype)
+    if inv_scale.dtype not in _BLOCKS:
+        msg = f"inv_scale must be one of {tuple(_BLOCKS)}, got {inv_scale.dtype}"
+        raise ValueError(msg)
+    block = block_of(codes, inv_scale, block)
+    tiles, scale = _tiles(codes, block), inv_scale.float()[:, None, :, None]
+    whole = tiles.numel() == codes.numel()
+    target = out.view(tiles.shape) if out is not None and whole else None
+    values = _crop(decode_fp8(tiles, scale, target), codes.shape)
+    if out is not None and not whole:
+        values = out.copy_(values)
+    return values.to(dtype)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    if not x.dim():
+        msg = "x must have at least one dimension, got a number"
+        raise ValueError(msg)
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return [..., K] as [R, block[0], C, block[1]], zeros beyond its edges."""
+    rows, columns = _matrix(x)
+    height, width = block
+    tall, wide = -(-rows // height), -(-columns // width)
+    x = x.reshape(rows, columns)
+    if (tall * height, wide * width) != (rows, columns):
+        padded = x.new_zeros(tall * height, wide * width)
+        padded[:rows, :columns] = x
+        x = padded
+    return x.view(tall, height, wide, width)
+
+
+def _crop(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """Return what `_tiles` made of a tensor of ``shape`` in that shape again."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    height, width = tiles.shape[0] * tiles.shape[1], tiles.shape[2] * tiles.shape[3]
+    matrix = tiles.view(height, width)
+    return matrix[:rows, :columns].reshape(shape)
+
+
+def _encode_tiles(
+    x: Tensor, tiles: Tensor, dtype: torch.dtype, scale: Tensor
+) -> Tensor:
+    return _crop(encode_fp8(tiles, dtype, scale[:, None, :, None]), x.shape)
+
+
+def block_of(
+    codes: Tensor, inv_scale: Tensor, block: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Return rows and columns of a block, as `dequantize` reads them off the shapes.
+
+    Raises:
+        ValueError: ``inv_scale`` does not fit ``codes``.
+    """
+    shape, have = _matrix(codes), tuple(inv_scale.shape)
+    if block is None and len(have) == 2:
+        usual = _BLOCKS[inv_scale.dtype]
+        height, width = (
+            1 if n == count else usual for n, count in zip(shape, have, strict=True)
+        )
+        block = (height, width)
+    if block is not None:
+        want = tuple(-(-n // size) for n, size in zip(shape, block, strict=True))
+        if have == want:
+            return block
+    rows, columns = shape
+    said = "" if block is None else f" in blocks of {block[0]} x {block[1]}"
+    msg = f"inv_scale of shape {list(have)} does not fit {rows} x {columns} codes{said}"
+    raise ValueError(msg)
