@@ -20,7 +20,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -57,19 +57,13 @@ class Operand(NamedTuple):
     values: Tensor  # [rows, K], float32 or bfloat16, exact in bfloat16
     factor: Tensor | None  # float32, one element
     tiles: Tensor | None  # float32, [rows or rows / 128, K / 128]
-    source: torch.dtype  # of the codes
+    source: torch.dtype  # of the codes; what is not quantized has its own dtype
 
     @property
     def T(self) -> "Operand":  # noqa: N802 - as of a tensor
-        """The transposed matrix, a view; only of one whose scale is for all of it.
-
-        Raises:
-            ValueError: Its blocks' scales are outside.
-        """
-        if self.tiles is not None:
-            msg = "an operand with scales of blocks cannot be transposed: quantize x.mT"
-            raise ValueError(msg)
-        return self._replace(values=self.values.T)
+        """The transposed matrix; its tensors are views."""
+        tiles = None if self.tiles is None else self.tiles.T
+        return self._replace(values=self.values.T, tiles=tiles)
 
 
 @contextmanager
@@ -143,10 +137,10 @@ def _powers_of_2(inv_scale: Tensor) -> bool:
 
 
 def scaled_matmul(
-    a: Operand,
-    b: Operand,
+    a: Operand | Tensor,
+    b: Operand | Tensor,
     *,
-    alpha: float = 1.0,
+    alpha: float | Tensor | None = None,
     accumulator: str = "fp32",
     use_split_accumulator: bool = True,
     out_dtype: torch.dtype = torch.float32,
@@ -161,9 +155,10 @@ def scaled_matmul(
     The same bits for any number of threads.
 
     Args:
-        a: [M, K]. May be a transposed view, like ``b``.
+        a: [M, K], may be transposed (``a.T``), like ``b``. A tensor is taken for what
+            has not been quantized: the product is then that of float32 matrices.
         b: [N, K].
-        alpha: Multiplies the product.
+        alpha: Multiplies the factors; 1 if None.
         accumulator: ``"fp32"``, or ``"hopper"``: 32 products at a time and what they
             are added to are aligned to the largest exponent and cut off below 13
             fraction bits, and so is their sum.
@@ -180,6 +175,7 @@ def scaled_matmul(
             meets a format that Hopper does not have.
         TypeError: ``out_dtype`` is another dtype.
     """
+    a, b = _operand(a), _operand(b)
     if a.values.shape[1] != b.values.shape[1]:
         shapes = f"{list(a.values.shape)} and {list(b.values.shape)}"
         msg = f"a must be [M, K] and b [N, K], got {shapes}"
@@ -196,13 +192,21 @@ def scaled_matmul(
             if operand.source not in FP8_MAX or folded:
                 msg = "Hopper multiplies FP8 with scales of tensors or of 128-blocks"
                 raise ValueError(msg)
+    for operand in (a, b):
+        columns = operand.values.shape[1]
+        if operand.tiles is not None and operand.tiles.shape[1] != -(-columns // _TILE):
+            shape = list(operand.tiles.shape)
+            msg = (
+                f"scales of shape {shape} do not cut {columns} columns into 128-blocks"
+            )
+            raise ValueError(msg)
     scale = _alpha(a, b, alpha)
     if a.tiles is not None or b.tiles is not None:
         y = _tiled(a, b, accumulator)
     elif accumulator == "hopper":
         y = _hopper(a, b, use_split_accumulator)
     else:
-        y = _matmul(a.values, b.values)
+        y = _matmul(a, b)
     if scale is not None:
         y *= scale
     if bias is not None:
@@ -210,22 +214,31 @@ def scaled_matmul(
     return y.to(out_dtype)
 
 
-def _alpha(a: Operand, b: Operand, alpha: float) -> Tensor | None:
-    factors = [op.factor for op in (a, b) if op.factor is not None]
-    if not factors:
-        return None if alpha == 1.0 else torch.tensor(alpha, device=a.values.device)
-    scale = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+def _operand(x: Operand | Tensor) -> Operand:
+    return Operand(x, None, None, x.dtype) if isinstance(x, Tensor) else x
+
+
+def _alpha(a: Operand, b: Operand, alpha: float | Tensor | None) -> Tensor | None:
+    scale: Tensor | None = None
+    for factor in (a.factor, b.factor):
+        if factor is not None:
+            scale = factor if scale is None else scale * factor
     packed = (a.source == torch.uint8) + (b.source == torch.uint8)
-    if packed:
-        scale = torch.div(scale, _NVFP4_DIVISOR**packed)
-    return scale if alpha == 1.0 else scale * alpha
+    if packed and scale is not None:
+        scale = scale / _NVFP4_DIVISOR**packed
+    if alpha is None:
+        return scale
+    return torch.as_tensor(alpha, device=a.values.device) * (
+        1 if scale is None else scale
+    )
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a @ b.T in float32."""
-    a, b, depth = a.float(), b.float(), a.shape[1]
+def _matmul(left: Operand, right: Operand, out: Tensor | None = None) -> Tensor:
+    """Return a @ b.T in float32, without scales."""
+    a, b, depth = left.values.float(), right.values.float(), left.values.shape[1]
     step = depth if a.stride(1) == 1 else _LONGEST
-    with bf16_products():
+    exact = all(op.source in {*FP8_MAX, torch.uint8} for op in (left, right))
+    with bf16_products() if exact else nullcontext():
         y = torch.mm(a[:, :step], b[:, :step].T, out=out)
         for start in range(step, depth, max(1, step)):
             part = slice(start, start + step)
@@ -244,7 +257,7 @@ def _tiled(a: Operand, b: Operand, accumulator: str) -> Tensor:
         if accumulator == "hopper":
             part = _hopper(left, right, split=False)
         else:
-            part = _matmul(left.values, right.values, part)
+            part = _matmul(left, right, part)
         if a.tiles is not None:
             part *= _column(a.tiles, k, rows)[:, None]
         if b.tiles is not None:
@@ -277,7 +290,7 @@ def _hopper(a: Operand, b: Operand, split: bool) -> Tensor:
         here = (operands[0][part], operands[1][part], operands[2], operands[3])
         y[part] = _hopper_rows(*here, split)
     if not (left.isfinite().all() and right.isfinite().all()):
-        plain = _matmul(left, right)  # of FP8 it overflows only where there is an Inf
+        plain = _matmul(a, b)  # of FP8 it overflows only where there is an Inf
         y = torch.where(plain.isfinite(), y, plain)
     return y
 
