@@ -1,0 +1,117 @@
+"""Scales and amax histories as the bytes that Transformer Engine puts in checkpoints.
+
+Copy the folder ``fp8`` into your project; it needs only ``torch``.
+
+Guide: guide/fp8
+Tests: tests/test_fp8_checkpoints.py
+Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/base.py``
+    (``get_extra_state``, ``set_extra_state``) and ``pytorch/_extra_state.py``.
+Changed: 2026-11-22
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import importlib
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import recipe as recipes
+
+__all__ = ["load_extra_state", "save_extra_state"]
+
+_TE_RECIPES = "transformer_engine.common.recipe"
+# What a checkpoint may name: the recipe and how torch rebuilds a CPU tensor.
+_ALLOWED = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("collections", "OrderedDict"),
+}
+
+
+def _load_storage(data: bytes) -> Any:
+    """Read a storage as torch.storage does, but without running what it names."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+class _Pickler(pickle._Pickler):  # type: ignore[misc, name-defined]
+    """Writes the recipe under Transformer Engine's name, which then can load it."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if getattr(recipes, getattr(obj, "__name__", ""), None) is obj:
+            self.write(
+                pickle.GLOBAL + f"{_TE_RECIPES}\n{obj.__name__}\n".encode("ascii")
+            )
+            self.memoize(obj)
+            return
+        super().save_global(obj, name)
+
+    # The dispatch table of the base class is by type: classes go to save_type.
+    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch[type] = lambda self, obj: self.save_global(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads recipes and tensors, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (_TE_RECIPES, recipes.__name__) and (
+            name == "_FormatHelper" or not name.startswith("_")
+        ):
+            found = getattr(recipes, name, None)
+            if found is not None:
+                return found
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
+        if (module, name) in _ALLOWED:
+            return getattr(importlib.import_module(module), name)
+        raise pickle.UnpicklingError(
+            f"the quantization state of a checkpoint names {module}.{name}, which is "
+            "neither a recipe nor a tensor"
+        )
+
+
+def save_extra_state(fp8_meta: dict[str, Any]) -> Tensor:
+    """Return the state of delayed scaling as a uint8 tensor.
+
+    Args:
+        fp8_meta: a module's, with ``recipe``, ``scaling_fwd`` and ``scaling_bwd``.
+    """
+    state: dict[str, Any] = {"recipe": fp8_meta["recipe"]}
+    for key, suffix in (("scaling_fwd", "fwd"), ("scaling_bwd", "bwd")):
+        state[f"scale_{suffix}"] = fp8_meta[key].scale.detach().cpu().clone()
+        history = fp8_meta[key].amax_history
+        state[f"amax_history_{suffix}"] = history.detach().cpu().clone()
+    state["extra_fp8_variables"] = {
+        name: value
+        for name, value in fp8_meta.items()
+        if isinstance(value, (bool, int, float, str, tuple, list))
+    }
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=4).dump(state)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def load_extra_state(state: Tensor) -> dict[str, Any]:
+    """Return what :func:`save_extra_state` or Transformer Engine wrote.
+
+    Raises:
+        RuntimeError: the bytes are no such state.
+    """
+    try:
+        data = state.detach().cpu().contiguous().numpy().tobytes()
+    except Exception:  # numpy is not needed by torch
+        data = bytes(state.detach().cpu().tolist())
+    try:
+        loaded = _Unpickler(io.BytesIO(data)).load()
+        loaded["recipe"], loaded["scale_fwd"], loaded["scale_bwd"]
+        loaded["amax_history_fwd"], loaded["amax_history_bwd"]
+        loaded.setdefault("extra_fp8_variables", {})
+    except Exception as error:
+        raise RuntimeError(
+            "the quantization state of this checkpoint cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    result: dict[str, Any] = loaded
+    return result

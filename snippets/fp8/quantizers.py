@@ -1,0 +1,731 @@
+"""What each recipe does to one tensor: quantizers, and what they return.
+
+Copy the folder ``fp8`` into your project; it needs only ``torch``.
+
+Guide: guide/fp8
+Tests: tests/test_fp8_quantizers.py
+Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantization.py`` (recipe states)
+    and ``pytorch/tensor/*`` (quantizers), Apache-2.0: names, arguments and semantics.
+Changed: 2026-11-22
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gemm import Operand, decode_operand, scaled_matmul
+from .numerics import (
+    compute_amax,
+    compute_current_scale,
+    dequantize,
+    quantize_block,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    quantize_tensor,
+)
+from .recipe import (
+    CustomRecipe,
+    DelayedScaling,
+    Float8BlockScaling,
+    Float8CurrentScaling,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+    Recipe,
+)
+from .state import FP8GlobalStateManager, fp8_max_of
+
+__all__ = [
+    "DType",
+    "DelayedScalingRequest",
+    "DelayedScalingState",
+    "Float8BlockQuantizer",
+    "Float8CurrentScalingQuantizer",
+    "Float8Quantizer",
+    "IdentityQuantizer",
+    "MXFP8Quantizer",
+    "NVFP4Quantizer",
+    "Packed",
+    "Quantized",
+    "Quantizer",
+    "QuantizerRole",
+    "make_quantizers",
+    "matmul",
+]
+
+
+class DType(enum.IntEnum):
+    """Transformer Engine's tags of element types (those that quantizers take)."""
+
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat4E2M1 = 10
+
+
+_TORCH = {
+    DType.kFloat8E4M3: torch.float8_e4m3fn,
+    DType.kFloat8E5M2: torch.float8_e5m2,
+}
+
+
+def _format(dtype: "DType | torch.dtype") -> torch.dtype:
+    found = _TORCH.get(dtype) if isinstance(dtype, DType) else dtype
+    if found not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise ValueError(
+            f"fp8_dtype is {dtype!r}, it must be DType.kFloat8E4M3 or kFloat8E5M2."
+        )
+    return found
+
+
+# ------------------------------------------------------------- a quantized 2-D tensor
+
+
+class Packed(NamedTuple):
+    """One set of codes with its scales.
+
+    Attributes:
+        codes: float8, or uint8 with two codes a byte; the values themselves where a
+            ``CustomRecipe`` leaves a tensor in high precision.
+        inv_scale: what dequantized values are multiplied by; None for plain values.
+        amax: of the whole tensor, for NVFP4.
+        transposed: the codes are those of the transpose, quantized on its own.
+    """
+
+    codes: Tensor
+    inv_scale: Tensor | None = None
+    amax: Tensor | None = None
+    transposed: bool = False
+
+    def operand(self, columnwise: bool) -> Operand:
+        """Return [outer, summed over] values for ``scaled_matmul``."""
+        if self.inv_scale is None:
+            found = Operand(self.codes.float(), None, None, self.codes.dtype)
+        else:
+            found = decode_operand(self.codes, self.inv_scale, self.amax)
+        return found if self.transposed == columnwise else found.T
+
+    def full(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dequantized values, every scale applied."""
+        if self.inv_scale is None:
+            values = self.codes.to(dtype)
+        else:
+            values = dequantize(self.codes, self.inv_scale, self.amax, dtype=dtype)
+        return values.t() if self.transposed else values
+
+
+class Quantized:
+    """A [rows, columns] tensor in low precision, in the directions asked for.
+
+    ``rowwise`` is summed over along the last axis, ``columnwise`` along the first.
+    Formats with one scale a tensor keep one set of codes for both.
+    """
+
+    __slots__ = ("columnwise", "rowwise", "shape")
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        rowwise: Packed | None,
+        columnwise: Packed | None,
+    ) -> None:
+        """Hold what a quantizer made."""
+        self.shape = torch.Size(shape)
+        self.rowwise = rowwise
+        self.columnwise = columnwise
+
+    def operand(self, columnwise: bool) -> Operand:
+        """Return [outer, summed over] values along the direction asked for."""
+        packed = self.columnwise if columnwise else self.rowwise
+        if packed is None:
+            raise RuntimeError(
+                f"the {'columnwise' if columnwise else 'rowwise'} form of a tensor of "
+                f"shape {tuple(self.shape)} was not made"
+            )
+        return packed.operand(columnwise)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values as ``dtype``, from the rowwise form if there is one."""
+        packed = self.rowwise or self.columnwise
+        assert packed is not None
+        return packed.full(dtype)
+
+    def keep(self, rowwise: bool, columnwise: bool) -> "Quantized":
+        """Return the same tensor with only the directions still needed."""
+        return Quantized(
+            self.shape,
+            self.rowwise if rowwise else None,
+            self.columnwise if columnwise else None,
+        )
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what autograd must save, in the order :meth:`rebuild` takes."""
+        saved: list[Tensor | None] = []
+        for packed in (self.rowwise, self.columnwise):
+            if packed is None:
+                saved += [None, None, None]
+            else:
+                saved += [packed.codes, packed.inv_scale, packed.amax]
+        return saved
+
+    def without_tensors(self) -> "Quantized":
+        """Return the same tensor with every tensor left out (see :meth:`rebuild`)."""
+        none: Any = None
+        return Quantized(
+            self.shape,
+            self.rowwise
+            and self.rowwise._replace(codes=none, inv_scale=None, amax=None),
+            self.columnwise
+            and self.columnwise._replace(codes=none, inv_scale=None, amax=None),
+        )
+
+    def rebuild(self, saved: Sequence[Tensor | None]) -> "Quantized":
+        """Return this tensor with the tensors of :meth:`tensors` put back."""
+        parts: list[Packed | None] = []
+        for packed, (codes, inv_scale, amax) in zip(
+            (self.rowwise, self.columnwise), (saved[:3], saved[3:]), strict=True
+        ):
+            if packed is None or codes is None:
+                parts.append(None)
+            else:
+                parts.append(
+                    packed._replace(codes=codes, inv_scale=inv_scale, amax=amax)
+                )
+        return Quantized(self.shape, parts[0], parts[1])
+
+
+def matmul(
+    a: Quantized,
+    a_columnwise: bool,
+    b: Quantized,
+    b_columnwise: bool,
+    *,
+    use_split_accumulator: bool,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``a @ b.T`` over the chosen directions, as the recipe's kernel sums it.
+
+    Args:
+        a, b: quantized tensors.
+        a_columnwise, b_columnwise: sum along their first axis instead of the last.
+        use_split_accumulator: see :class:`MMParams`; matters for ``"hopper"`` only.
+        out_dtype: dtype of the result, to which the FP32 sum is rounded once.
+        bias: [outer of b], added before that rounding.
+
+    Returns:
+        [outer of a, outer of b] tensor.
+    """
+    left, right = a.operand(a_columnwise), b.operand(b_columnwise)
+    if torch.float32 in (left.source, right.source) or left.source.itemsize > 1:
+        product = left.values @ right.values.t()
+        for factor in (left.factor, right.factor):
+            product = product if factor is None else product * factor
+        product = product if bias is None else product + bias.float()
+        return product.to(out_dtype)
+    return scaled_matmul(
+        left,
+        right,
+        accumulator=FP8GlobalStateManager.quantization_state.accumulator,
+        use_split_accumulator=use_split_accumulator,
+        out_dtype=out_dtype,
+        bias=bias,
+    )
+
+
+# ------------------------------------------------------------------------ quantizers
+
+
+class Quantizer:
+    """Turns [rows, columns] tensors of high precision into :class:`Quantized` ones."""
+
+    compatible_recipe: ClassVar[type[Recipe] | None] = None
+    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows and columns must divide by it
+
+    def __init__(self, *, rowwise: bool = True, columnwise: bool = True) -> None:
+        """Choose the directions that a call makes by default."""
+        self.rowwise_usage = rowwise
+        self.columnwise_usage = columnwise
+
+    def set_usage(
+        self, *, rowwise: bool | None = None, columnwise: bool | None = None
+    ) -> None:
+        """Choose the directions that a call makes."""
+        self.rowwise_usage = self.rowwise_usage if rowwise is None else rowwise
+        self.columnwise_usage = (
+            self.columnwise_usage if columnwise is None else columnwise
+        )
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Quantize ``x`` in the directions asked for.
+
+        Args:
+            x: [rows, columns], float32, bfloat16 or float16.
+            rowwise, columnwise: the directions.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Quantized:
+        """Quantize ``x`` in the directions of :meth:`set_usage`."""
+        x2d = x.reshape(-1, x.shape[-1])
+        return self.quantize(
+            x2d, rowwise=self.rowwise_usage, columnwise=self.columnwise_usage
+        )
+
+    def calibrate(self, x: Tensor) -> None:
+        """Record what quantizing ``x`` would record, without quantizing it."""
+
+
+class IdentityQuantizer(Quantizer):
+    """Leaves a tensor in high precision, for a slot of a ``CustomRecipe``."""
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Return ``x`` itself in both directions."""
+        packed = Packed(x)
+        return Quantized(
+            x.shape, packed if rowwise else None, packed if columnwise else None
+        )
+
+
+class _OneScale(Quantizer):
+    def _pack(
+        self,
+        x: Tensor,
+        fmt: torch.dtype,
+        scale: Tensor,
+        rowwise: bool,
+        columnwise: bool,
+    ) -> Quantized:
+        codes, inv_scale = quantize_tensor(x, fmt, scale)
+        packed = Packed(codes, inv_scale)
+        return Quantized(
+            x.shape, packed if rowwise else None, packed if columnwise else None
+        )
+
+
+class Float8Quantizer(_OneScale):
+    """Delayed scaling: the scale is given, and amax is recorded for later scales.
+
+    Args:
+        scale: float32, 0-dimensional or one element: a view of the module's scales.
+        amax: float32, the view of row 0 of the history; grows to max |x| (NaN ignored).
+        fp8_dtype: element format.
+        rowwise, columnwise: directions of a call.
+    """
+
+    compatible_recipe = DelayedScaling
+
+    def __init__(
+        self,
+        scale: Tensor,
+        amax: Tensor,
+        fp8_dtype: DType | torch.dtype,
+        *,
+        rowwise: bool = True,
+        columnwise: bool = True,
+    ) -> None:
+        """Hold views of the module's state."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        self.scale = scale
+        self.amax = amax
+        self.dtype = _format(fp8_dtype)
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Record amax, then scale by the scale of earlier steps and round."""
+        self.calibrate(x)
+        return self._pack(x, self.dtype, self.scale.reshape(()), rowwise, columnwise)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Record the amax of ``x``; several calls in one region keep the largest."""
+        self.amax.copy_(torch.fmax(self.amax, compute_amax(x).reshape_as(self.amax)))
+
+
+class Float8CurrentScalingQuantizer(_OneScale):
+    """Current scaling: the scale comes from the tensor itself."""
+
+    compatible_recipe = Float8CurrentScaling
+
+    def __init__(
+        self,
+        fp8_dtype: DType | torch.dtype,
+        device: torch.device | None = None,
+        *,
+        rowwise: bool = True,
+        columnwise: bool = True,
+        with_amax_reduction: bool = False,
+        amax_reduction_group: Any = None,
+        force_pow_2_scales: bool = False,
+        amax_epsilon: float = 0.0,
+    ) -> None:
+        """Choose the format and how the scale is made."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        self.dtype = _format(fp8_dtype)
+        self.with_amax_reduction = with_amax_reduction
+        self.amax_reduction_group = amax_reduction_group
+        self.force_pow_2_scales = force_pow_2_scales
+        self.amax_epsilon = amax_epsilon
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Scale ``x`` so that its amax becomes the format's maximum, and round."""
+        amax = compute_amax(x)
+        if self.with_amax_reduction and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(
+                amax,
+                op=torch.distributed.ReduceOp.MAX,
+                group=self.amax_reduction_group,
+            )
+        scale = compute_current_scale(
+            amax,
+            torch.finfo(self.dtype).max,
+            power_of_2=self.force_pow_2_scales,
+            epsilon=self.amax_epsilon,
+        )
+        return self._pack(x, self.dtype, scale, rowwise, columnwise)
+
+
+class Float8BlockQuantizer(Quantizer):
+    """Scales for 1x128 blocks along the summed axis, or for 128x128 blocks."""
+
+    compatible_recipe = Float8BlockScaling
+
+    def __init__(
+        self,
+        fp8_dtype: DType | torch.dtype,
+        *,
+        rowwise: bool = True,
+        columnwise: bool = True,
+        amax_epsilon: float = 0.0,
+        force_pow_2_scales: bool = True,
+        block_scaling_dim: int = 2,
+    ) -> None:
+        """Choose the format and the blocks."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        self.dtype = _format(fp8_dtype)
+        self.amax_epsilon = amax_epsilon
+        self.force_pow_2_scales = force_pow_2_scales
+        self.block_scaling_dim = block_scaling_dim
+
+    def _pack(self, x: Tensor, block: tuple[int, int], transposed: bool) -> Packed:
+        codes, inv_scale = quantize_block(
+            x,
+            self.dtype,
+            block,
+            power_of_2=self.force_pow_2_scales,
+            epsilon=self.amax_epsilon,
+        )
+        return Packed(codes, inv_scale, transposed=transposed)
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Quantize each direction from the high-precision values."""
+        if self.block_scaling_dim == 2:
+            return _both_ways(
+                self._pack(x, (128, 128), False), x.shape, rowwise, columnwise
+            )
+        return Quantized(
+            x.shape,
+            self._pack(x, (1, 128), False) if rowwise else None,
+            self._pack(x.t(), (1, 128), True) if columnwise else None,
+        )
+
+
+def _both_ways(
+    packed: Packed, shape: torch.Size, rowwise: bool, columnwise: bool
+) -> Quantized:
+    """Use square blocks for both directions: transposing them is exact."""
+    assert packed.inv_scale is not None
+    transpose = packed._replace(
+        codes=packed.codes.t(), inv_scale=packed.inv_scale.t(), transposed=True
+    )
+    return Quantized(
+        shape, packed if rowwise else None, transpose if columnwise else None
+    )
+
+
+class MXFP8Quantizer(Quantizer):
+    """E8M0 scales, one for 32 elements along the summed axis (or for 32x32)."""
+
+    compatible_recipe = MXFP8BlockScaling
+    tile = (32, 32)
+
+    def __init__(
+        self,
+        fp8_dtype: DType | torch.dtype,
+        *,
+        rowwise: bool = True,
+        columnwise: bool = True,
+        with_2d_quantization: bool = False,
+    ) -> None:
+        """Choose the format."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        self.dtype = _format(fp8_dtype)
+        self.with_2d_quantization = with_2d_quantization
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Quantize each direction from the high-precision values."""
+        if self.with_2d_quantization:
+            square = Packed(*quantize_mxfp8(x, self.dtype, axis=None))
+            return _both_ways(square, x.shape, rowwise, columnwise)
+
+        def pack(values: Tensor, transposed: bool) -> Packed:
+            codes, inv_scale = quantize_mxfp8(values, self.dtype)
+            return Packed(codes, inv_scale, transposed=transposed)
+
+        return Quantized(
+            x.shape,
+            pack(x, False) if rowwise else None,
+            pack(x.t(), True) if columnwise else None,
+        )
+
+
+class NVFP4Quantizer(Quantizer):
+    """E2M1 elements, E4M3 scales for 16 of them, one FP32 scale for the tensor."""
+
+    compatible_recipe = NVFP4BlockScaling
+    tile = (16, 16)
+
+    def __init__(
+        self,
+        fp4_dtype: DType = DType.kFloat4E2M1,
+        rowwise: bool = True,
+        columnwise: bool = True,
+        with_rht: bool = False,
+        with_2d_quantization: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        """Choose what is done on the way."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        if fp4_dtype != DType.kFloat4E2M1:
+            raise ValueError(f"fp4_dtype is {fp4_dtype!r}, it must be kFloat4E2M1.")
+        self.with_rht = with_rht
+        self.with_2d_quantization = with_2d_quantization
+        self.stochastic_rounding = stochastic_rounding
+
+    def quantize(
+        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+    ) -> Quantized:
+        """Quantize each direction; only the columnwise one is Hadamard-transformed."""
+
+        def pack(values: Tensor, transposed: bool) -> Packed:
+            codes, inv_scale, amax = quantize_nvfp4(
+                values,
+                two_d=self.with_2d_quantization,
+                hadamard=self.with_rht and transposed,
+                stochastic=self.stochastic_rounding,
+            )
+            return Packed(codes, inv_scale, amax, transposed)
+
+        return Quantized(
+            x.shape,
+            pack(x, False) if rowwise else None,
+            pack(x.t(), True) if columnwise else None,
+        )
+
+
+# -------------------------------------------------- the quantizers of a module's slots
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerRole:
+    """What a quantizer of a ``CustomRecipe`` is for."""
+
+    module_type: str = ""
+    tensor_type: str = ""
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DelayedScalingRequest:
+    """Asks, from a ``CustomRecipe``, for a delayed-scaling quantizer (not emulated)."""
+
+
+class DelayedScalingState:
+    """Scales and amax history of a module's tensors in one pass.
+
+    Attributes:
+        scale: [tensors] float32, ones at first.
+        amax_history: [length, tensors] float32, zeros at first; row 0 is the step's.
+    """
+
+    def __init__(
+        self, recipe: DelayedScaling, forward: bool, count: int, device: torch.device
+    ) -> None:
+        """Make the state of ``count`` tensors."""
+        self.forward = forward
+        self.scale = torch.ones(count, dtype=torch.float32, device=device)
+        self.amax_history = torch.zeros(
+            recipe.amax_history_len, count, dtype=torch.float32, device=device
+        )
+
+    def resize(self, length: int) -> None:
+        """Cut the history, or add zeros at its end, to ``length`` rows."""
+        history = self.amax_history
+        if length <= len(history):
+            self.amax_history = history[:length].clone()
+        else:
+            more = history.new_zeros(length - len(history), history.shape[1])
+            self.amax_history = torch.cat([history, more])
+
+    def quantizers(self, dtype: torch.dtype) -> list[Quantizer]:
+        """Return a quantizer for each tensor, viewing this state."""
+        return [
+            Float8Quantizer(self.scale[i], self.amax_history[0, i], dtype)
+            for i in range(len(self.scale))
+        ]
+
+
+def _element(recipe: Recipe, forward: bool) -> torch.dtype:
+    e4m3 = fp8_max_of(recipe, forward) == torch.finfo(torch.float8_e4m3fn).max
+    return torch.float8_e4m3fn if e4m3 else torch.float8_e5m2
+
+
+def make_quantizers(
+    recipe: Recipe,
+    forward: bool,
+    count: int,
+    state: DelayedScalingState | None,
+    roles: Sequence[QuantizerRole],
+) -> list[Quantizer]:
+    """Return the quantizers of a module's slots in one pass.
+
+    Args:
+        recipe: the active recipe.
+        forward: slots [input, weight, output, ...], else [grad_output, grad_input, ...].
+        count: number of slots.
+        state: the state of delayed scaling, else None.
+        roles: one role a slot, for ``CustomRecipe``.
+
+    Raises:
+        ValueError: a ``CustomRecipe`` returned no quantizer for a slot.
+        NotImplementedError: an option of the recipe that is not emulated.
+    """
+    kinds = ("input", "weight", "output") if forward else ("grad_output", "grad_input")
+    makers: list[tuple[type[Recipe], Callable[[Any, str, torch.dtype], Quantizer]]] = [
+        (Float8CurrentScaling, _current),
+        (Float8BlockScaling, _block),
+        (MXFP8BlockScaling, _mxfp8),
+        (NVFP4BlockScaling, _nvfp4),
+    ]
+    if recipe.fp8_dpa or recipe.fp8_mha:  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"{type(recipe).__name__}(fp8_dpa=..., fp8_mha=...): attention in FP8 is "
+            "not emulated."
+        )
+    dtype = _element(recipe, forward)
+    if isinstance(recipe, DelayedScaling):
+        assert state is not None
+        return state.quantizers(dtype)
+    if isinstance(recipe, CustomRecipe):
+        return [_custom(recipe, roles[i], i) for i in range(count)]
+    for kind, make in makers:
+        if isinstance(recipe, kind):
+            return [make(recipe, kinds[i % len(kinds)], dtype) for i in range(count)]
+    raise NotImplementedError(f"recipe {type(recipe).__name__} is not emulated.")
+
+
+def _params(recipe: Any, prefix: str, kind: str) -> Any:
+    name = {"weight": "fwd_weight", "grad_output": "bwd_grad", "grad_input": "bwd_grad"}
+    return getattr(recipe, f"{prefix}_quant_{name.get(kind, 'fwd_inp')}")
+
+
+def _current(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
+    params = _params(recipe, "fp8", kind)
+    return Float8CurrentScalingQuantizer(
+        dtype,
+        force_pow_2_scales=params.power_2_scale,
+        amax_epsilon=params.amax_epsilon,
+    )
+
+
+def _block(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
+    params = _params(recipe, "fp8", kind)
+    name = {"weight": "w", "grad_output": "grad", "grad_input": "grad"}.get(kind, "x")
+    return Float8BlockQuantizer(
+        dtype,
+        amax_epsilon=params.amax_epsilon,
+        force_pow_2_scales=params.power_2_scale,
+        block_scaling_dim=getattr(recipe, f"{name}_block_scaling_dim"),
+    )
+
+
+def _mxfp8(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
+    return MXFP8Quantizer(
+        dtype,
+        with_2d_quantization=recipe.enable_2d_quantization and kind == "weight",
+    )
+
+
+def _nvfp4(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
+    if recipe.nvfp4_4over6 != "none" or recipe.row_scaled_activation:
+        raise NotImplementedError(
+            "NVFP4BlockScaling(nvfp4_4over6=..., row_scaled_activation=...) is not "
+            "emulated."
+        )
+    params = _params(recipe, "fp4", kind)
+    return NVFP4Quantizer(
+        with_rht=params.random_hadamard_transform,
+        with_2d_quantization=params.fp4_2d_quantization,
+        stochastic_rounding=params.stochastic_rounding,
+    )
+
+
+def _custom(recipe: CustomRecipe, role: QuantizerRole, slot: int) -> Quantizer:
+    made = recipe.qfactory(role)
+    if isinstance(made, DelayedScalingRequest):
+        raise NotImplementedError(
+            "DelayedScalingRequest from a CustomRecipe is not emulated."
+        )
+    if made is None:
+        raise ValueError(
+            f"CustomRecipe qfactory returned None for slot {slot} (role={role}). Every "
+            "slot must return a Quantizer instance or a QuantizerRequest. For an "
+            "intentional no-op (high-precision / unquantized) slot, return an "
+            "IdentityQuantizer instead of None."
+        )
+    if not isinstance(made, Quantizer):
+        raise TypeError(
+            f"CustomRecipe qfactory returned {type(made).__name__} for slot {slot}, it "
+            "must return a Quantizer."
+        )
+    return made
+
+
+def check_shape(x: Tensor, quantizer: Quantizer) -> None:
+    """Refuse a tensor that the kernels of the quantizer cannot take.
+
+    Raises:
+        ValueError: leading dimensions or the last one do not divide as they must.
+    """
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    if rows % 8 != 0 or columns % 16 != 0:
+        raise ValueError(
+            "FP8 execution requires the product of all dimensions except the last to be"
+            " divisible by 8 and the last dimension to be divisible by 16, but got "
+            f"tensor with dims={list(x.shape)} (product of leading dims = {rows}, last "
+            f"dim = {columns})"
+        )
+    if isinstance(quantizer, MXFP8Quantizer) and (rows % 32 or columns % 32):
+        raise ValueError(
+            "MXFP8 requires tensor dims that are divisible by 32 "
+            f"(got shape={tuple(x.shape)})"
+        )
+    if isinstance(quantizer, NVFP4Quantizer) and (rows % 16 or columns % 16):
+        raise ValueError(
+            "NVFP4 requires tensor dims that are divisible by 16 "
+            f"(got shape={tuple(x.shape)})"
+        )
