@@ -224,10 +224,14 @@ def test_search_finds_a_page_from_the_disk(page: Page) -> None:
     page.keyboard.type("stochastic rounding")
     page.keyboard.press("Enter")
     page.wait_for_url("**/search.html?q=*")
-    results = page.locator("#search-results li a")
-    results.first.wait_for()
-    links = [str(link.get_attribute("href")) for link in results.all()]
+    # Results are added one at a time, each after a timer; the summary is last.
+    page.get_by_text("Search finished").wait_for()
+    links = [
+        str(link.get_attribute("href"))
+        for link in page.locator("#search-results li > a").all()
+    ]
 
+    assert "guide/stochastic_rounding.html" in links[0], links
     assert any("guide/true_half.html" in link for link in links), links
 
 
