@@ -157,17 +157,22 @@ def decode_fp8(
 
 
 def encode_fp4(
-    x: Tensor, stochastic: bool = False, generator: Generator | None = None
+    x: Tensor,
+    scale: Tensor,
+    stochastic: bool = False,
+    generator: Generator | None = None,
 ) -> Tensor:
-    """Return the E2M1 codes of ``x``, two a byte, element 0 in the low nibble.
+    """Return the E2M1 codes of ``x * scale``, two a byte, element 0 in the low nibble.
 
-    To nearest with ties to even, or, if ``stochastic``, up or down at random with
-    ``x`` as the mean: ``u * step`` is added to the magnitude, with ``u`` one of the 256
-    multiples of 1/256 in [0, 1), and the sum is cut off. Beyond 6 the code is that of
-    6 and NaN is +6, since E2M1 has neither Inf nor NaN; zeros keep their sign.
+    The product is rounded to float32 first. Then to nearest with ties to even, or, if
+    ``stochastic``, up or down at random with the product as the mean: ``u * step`` is
+    added to the magnitude, with ``u`` one of the 256 multiples of 1/256 in [0, 1), and
+    the sum is cut off. Beyond 6 the code is that of 6 and NaN is +6, since E2M1 has
+    neither Inf nor NaN; zeros keep their sign.
 
     Args:
-        x: float32, last dimension even.
+        x: float32, bfloat16 or float16, the last dimension a multiple of 16.
+        scale: float32, one element, or as many dimensions as ``x`` and broadcastable.
         stochastic: Round at random.
         generator: Of the random bits, 8 an element, drawn in logical order.
 
@@ -175,29 +180,34 @@ def encode_fp4(
         uint8, the shape of ``x`` with half the last dimension.
 
     Example:
-        >>> encode_fp4(torch.tensor([0.5, -6.0])).tolist()  # 0xF1
-        [241]
+        >>> encode_fp4(torch.tensor([0.5, -6.0] * 8), torch.ones(())).tolist()[0]
+        241
     """
-    size = x.abs()
-    if stochastic:
-        u = torch.randint(
-            256, x.shape, dtype=torch.uint8, device=x.device, generator=generator
-        )
-        # Steps of E2M1: 1/2 below 2, 1 below 4, then 2. The sum may reach the next.
-        size += u.float().mul_(2.0**-8).mul_(_step(size))
-        step = _step(size)
-        size = size.div_(step).floor_().mul_(step)
-    # Nearest is exact for what is on the grid already: three bits of significand, of
-    # which torch has no cast, are 2**22 times a step once this is added.
-    size.nan_to_num_(nan=FP4_MAX).clamp_(max=FP4_MAX)
-    magic = _step(size).mul_(1.5 * 2.0**23)
-    size = size.add_(magic).sub_(magic)
-    # {0, .5, 1, 1.5, 2, 3, 4, 6} to 0..7: doubled it is 0..4, 6, 8, 12.
-    twice = size.mul_(2).to(torch.uint8)
-    code = torch.where(twice > 4, (twice >> 1) + 2, twice)
-    code = torch.where(twice == 12, 7, code)
-    code += (torch.signbit(x) & ~x.isnan()).to(torch.uint8) << 3
-    return code[..., ::2] | (code[..., 1::2] << 4)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    largest = torch.tensor(FP4_MAX, device=x.device)
+    for part, factor, stored in _pieces(x, scale, codes):
+        product = part.float() * factor
+        sign = (product.view(torch.int32) >> 28).to(torch.uint8).bitwise_and_(8)
+        sign.masked_fill_(product.isnan(), 0)
+        # fmin also makes NaN 6. Steps are 1/2 below 2, 1 below 4, and then 2.
+        size = torch.fmin(product.abs_(), largest)
+        if stochastic:
+            words = torch.empty(size.numel() // 8, dtype=torch.int64, device=x.device)
+            words.random_(-(2**63), None, generator=generator)
+            u = words.view(torch.uint8).view(size.shape).float()
+            size += u.mul_(_power(size).mul_(2.0**-9))  # half the power is the step
+        else:
+            # Adding 2**23 steps and a half of that leaves no room for a fraction.
+            magic = _power(size).mul_(0.75 * 2.0**23)
+            size = size.add_(magic).sub_(magic)
+        power = _power(size).view(torch.int32)
+        inverse = (0x7F800000 - power).view(torch.float32)  # one over the step
+        code = size.mul_(inverse).to(torch.uint8)
+        # Each step upward is two codes further on.
+        code += (power >> 22).to(torch.uint8) + 2
+        stored.copy_(code.bitwise_or_(sign))
+    pairs = codes.view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def decode_fp4(codes: Tensor) -> Tensor:
@@ -252,8 +262,10 @@ def _reduce(size: Tensor) -> Tensor:
     return size.amax((1, 3))
 
 
-def _step(size: Tensor) -> Tensor:
-    return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+def _power(size: Tensor) -> Tensor:
+    """Return the power of two at or below ``size``, at least 1."""
+    bits = size.view(torch.int32) & 0x7F800000
+    return bits.clamp_(min=0x3F800000).view(torch.float32)
 
 
 def _pieces(

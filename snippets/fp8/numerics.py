@@ -512,8 +512,8 @@ def quantize_nvfp4(
     inv_scale = wanted.clamp_(max=FP8_MAX[e4m3]).to(e4m3)
     scale = (decode_fp8(inv_scale) * total.reciprocal()).reciprocal_()
     scale.clamp_(max=_FLOAT32_MAX)
-    scaled = tiles.float() * scale[:, None, :, None]
-    codes = encode_fp4(scaled.view(x.shape), stochastic, generator)
+    codes = encode_fp4(tiles, scale[:, None, :, None], stochastic, generator)
+    codes = codes.view(*x.shape[:-1], columns // 2)
     if two_d:
         inv_scale = inv_scale.repeat_interleave(_NVFP4_BLOCK, 0)
     return codes, inv_scale, amax
