@@ -11,6 +11,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import collections
+import copy
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -175,10 +176,15 @@ class TransformerEngineBaseModule(nn.Module):
         if old is recipe and self.quantizers["scaling_fwd"]:
             self._follow_history_length(recipe)
             return
-        same_kind = old is not None and (
-            isinstance(old, type(recipe)) or isinstance(recipe, type(old))
+        same_kind = isinstance(old, type(recipe)) or (
+            old is not None and isinstance(recipe, type(old))
         )
-        if same_kind and self.quantizers["scaling_fwd"] and not recipe.custom():
+        if (
+            old is not None
+            and same_kind
+            and self.quantizers["scaling_fwd"]
+            and not recipe.custom()
+        ):
             # As in Transformer Engine: a live module keeps what its first recipe made.
             if recipe != old:
                 self._warn_kept(old, recipe)
@@ -228,7 +234,7 @@ class TransformerEngineBaseModule(nn.Module):
         ]
         if names:
             warnings.warn(
-                f"{type(self).__name__} keeps the recipe of its first autocast region: "
+                f"{type(self).__name__} keeps the recipe of its first region: "
                 f"the new {', '.join(sorted(names))} changes nothing for it, here as in "
                 "Transformer Engine 2.20. Make a new module to change the recipe.",
                 stacklevel=2,
@@ -342,7 +348,7 @@ class TransformerEngineBaseModule(nn.Module):
             and torch.is_grad_enabled()
         ):
             raise RuntimeError(
-                f"{type(self).__name__} is called more than once inside one autocast "
+                f"{type(self).__name__} is called more than once in one autocast "
                 "region with DelayedScaling(reduce_amax=True), which Transformer Engine "
                 "does not support: the amax of the first call would be lost. Use one "
                 "region a call, or reduce_amax=False."
@@ -361,8 +367,8 @@ class TransformerEngineBaseModule(nn.Module):
             if supports is not None and not isinstance(recipe, supports):
                 raise RuntimeError(
                     f"Recipe mismatch for '{name}': tensor supports recipe "
-                    f"{supports.__name__}, but got {type(recipe).__name__}. Please check "
-                    "the recipes assigned during quantized_model_init() and autocast() "
+                    f"{supports.__name__}, but got {type(recipe).__name__}. Please "
+                    "check the recipes assigned during quantized_model_init() and autocast() "
                     "calls."
                 )
 
@@ -448,22 +454,24 @@ class TransformerEngineBaseModule(nn.Module):
             return torch.empty(0, dtype=torch.uint8)
         return save_extra_state(self.fp8_meta)
 
-    def set_extra_state(self, state: Tensor | None) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Load what :meth:`get_extra_state` returned.
 
         Raises:
             RuntimeError: no such bytes.
             ValueError: the state of a module with other tensors.
         """
-        if state is None or (isinstance(state, Tensor) and state.numel() == 0):
+        if state is None:
             return
         if not isinstance(state, Tensor):
             raise RuntimeError("Unsupported checkpoint format.")
+        if state.numel() == 0:
+            return
         loaded = load_extra_state(state)
         recipe = loaded["recipe"]
         num_gemms = loaded["scale_fwd"].numel() // 3
         mine = self.fp8_meta.get("num_gemms", num_gemms)
-        if num_gemms != mine or num_gemms == 0:
+        if num_gemms in {0} or num_gemms != mine:
             raise ValueError(
                 f"the saved state has scales for {num_gemms} matrix products, "
                 f"{type(self).__name__} has {mine}"
@@ -493,8 +501,6 @@ class TransformerEngineBaseModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TransformerEngineBaseModule":
         """Copy with a quantization state of its own, registered at its next call."""
-        import copy
-
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         for name, value in self.__dict__.items():

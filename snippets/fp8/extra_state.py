@@ -35,23 +35,6 @@ def _load_storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[misc, name-defined]
-    """Writes the recipe under Transformer Engine's name, which then can load it."""
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if getattr(recipes, getattr(obj, "__name__", ""), None) is obj:
-            self.write(
-                pickle.GLOBAL + f"{_TE_RECIPES}\n{obj.__name__}\n".encode("ascii")
-            )
-            self.memoize(obj)
-            return
-        super().save_global(obj, name)
-
-    # The dispatch table of the base class is by type: classes go to save_type.
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-    dispatch[type] = lambda self, obj: self.save_global(obj)
-
-
 class _Unpickler(pickle.Unpickler):
     """Reads recipes and tensors, and nothing that could run code."""
 
@@ -88,9 +71,11 @@ def save_extra_state(fp8_meta: dict[str, Any]) -> Tensor:
         for name, value in fp8_meta.items()
         if isinstance(value, (bool, int, float, str, tuple, list))
     }
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=4).dump(state)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    # Under the name of Transformer Engine's module, which then can load it, too. Up to
+    # protocol 3 a class is named in plain text, which no length precedes.
+    mine = f"c{recipes.Recipe.__module__}\n".encode()
+    data = pickle.dumps(state, protocol=3).replace(mine, f"c{_TE_RECIPES}\n".encode())
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def load_extra_state(state: Tensor) -> dict[str, Any]:

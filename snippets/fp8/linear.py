@@ -10,6 +10,7 @@ Changed: 2026-11-22
 SPDX-License-Identifier: Apache-2.0
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,7 +126,12 @@ class Linear(TransformerEngineBaseModule):
         save_original_input: bool = False,
         name: str | None = None,
     ) -> None:
-        """Make and fill the parameters."""
+        """Make and fill the parameters.
+
+        Raises:
+            RuntimeError: quantized parameters cannot be split.
+            ValueError: sizes below 1, or no such ``parallel_mode``.
+        """
         refuse(
             "Linear",
             tp_size=(tp_size, 1),
@@ -202,7 +208,8 @@ class Linear(TransformerEngineBaseModule):
             inp: [..., in_features].
             is_first_microbatch: with several micro-batches a step: True quantizes the
                 weight and keeps the codes, False uses those, None does neither.
-            fp8_output, fp8_grad: only False is emulated.
+            fp8_output: only False is emulated.
+            fp8_grad: only False is emulated.
 
         Returns:
             [..., out_features]; with ``return_bias`` also the bias.
@@ -244,8 +251,6 @@ class Linear(TransformerEngineBaseModule):
 
 
 def _warn_unquantized() -> None:
-    import warnings
-
     warnings.warn(
         "You are using quantized weights without quantized compute. "
         "Please make sure this is intentional.",

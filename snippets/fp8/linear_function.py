@@ -83,7 +83,7 @@ def linear(inp: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tens
         assert call.weight_quantizer is not None
         check_shape(inp, call.input_quantizer)
         check_shape(weight, call.weight_quantizer)
-    out: Tensor = _Linear.apply(inp, weight, bias, call)
+    out: Tensor = _Linear.apply(inp, weight, bias, call)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -173,7 +173,7 @@ class _Linear(torch.autograd.Function):
         return out.reshape(*inp.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         call: Call = ctx.call
@@ -261,7 +261,8 @@ def _quantized_backward(
         )
     if needs[1]:
         if quantized_x is None:
-            assert saved_x is not None and call.input_quantizer is not None
+            assert saved_x is not None
+            assert call.input_quantizer is not None
             quantized_x = call.input_quantizer.quantize(saved_x, rowwise=False)
         dw = matmul(
             grad,

@@ -139,7 +139,11 @@ class Quantized:
         self.columnwise = columnwise
 
     def operand(self, columnwise: bool) -> Operand:
-        """Return [outer, summed over] values along the direction asked for."""
+        """Return [outer, summed over] values along the direction asked for.
+
+        Raises:
+            RuntimeError: the tensor was not quantized in that direction.
+        """
         packed = self.columnwise if columnwise else self.rowwise
         if packed is None:
             raise RuntimeError(
@@ -211,8 +215,10 @@ def matmul(
     """Return ``a @ b.T`` over the chosen directions, as the recipe's kernel sums it.
 
     Args:
-        a, b: quantized tensors.
-        a_columnwise, b_columnwise: sum along their first axis instead of the last.
+        a: quantized tensor.
+        a_columnwise: sum along its first axis instead of the last.
+        b: quantized tensor.
+        b_columnwise: sum along its first axis instead of the last.
         use_split_accumulator: see :class:`MMParams`; matters for ``"hopper"`` only.
         out_dtype: dtype of the result, to which the FP32 sum is rounded once.
         bias: [outer of b], added before that rounding.
@@ -267,7 +273,8 @@ class Quantizer:
 
         Args:
             x: [rows, columns], float32, bfloat16 or float16.
-            rowwise, columnwise: the directions.
+            rowwise: make the form that is summed over along the last axis.
+            columnwise: make the form that is summed over along the first axis.
         """
         raise NotImplementedError
 
@@ -508,7 +515,11 @@ class NVFP4Quantizer(Quantizer):
         with_2d_quantization: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        """Choose what is done on the way."""
+        """Choose what is done on the way.
+
+        Raises:
+            ValueError: another format than E2M1.
+        """
         super().__init__(rowwise=rowwise, columnwise=columnwise)
         if fp4_dtype != DType.kFloat4E2M1:
             raise ValueError(f"fp4_dtype is {fp4_dtype!r}, it must be kFloat4E2M1.")
@@ -605,7 +616,7 @@ def make_quantizers(
 
     Args:
         recipe: the active recipe.
-        forward: slots [input, weight, output, ...], else [grad_output, grad_input, ...].
+        forward: slots [input, weight, output, ...], else [grad_output, grad_input].
         count: number of slots.
         state: the state of delayed scaling, else None.
         roles: one role a slot, for ``CustomRecipe``.

@@ -13,6 +13,7 @@ SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import difflib
 import enum
+import functools
 import os
 import typing
 import warnings
@@ -65,10 +66,10 @@ def _checked(cls: _T) -> _T:
     keyword without a word; here it is a ``TypeError`` that names the nearest field.
     A wrong value is a ``ValueError`` in both (pydantic's error is a ``ValueError``).
     """
-    made = cls.__init__
+    made: Callable[..., None] = vars(cls)["__init__"]
     names = [f.name for f in dataclasses.fields(cls) if f.init]
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
@@ -80,9 +81,7 @@ def _checked(cls: _T) -> _T:
                 )
         made(self, *args, **kwargs)
 
-    __init__.__doc__ = made.__doc__
-    __init__.__wrapped__ = made  # type: ignore[attr-defined]  # keeps the signature
-    cls.__init__ = __init__
+    cls.__init__ = functools.wraps(made)(checked)  # type: ignore[misc]
     return cls
 
 

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -25,7 +25,6 @@ from .recipe import (
     DelayedScaling,
     Float8BlockScaling,
     Float8CurrentScaling,
-    Format,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     Recipe,
@@ -50,6 +49,7 @@ __all__ = [
 ]
 
 Accumulator = Literal["fp32", "hopper"]
+_Key = tuple[Any, ...]
 
 
 @dataclasses.dataclass
@@ -233,9 +233,9 @@ class FP8GlobalStateManager:
     """
 
     quantization_state = _State()
-    _recipes: dict[tuple[Any, ...], tuple[DelayedScaling, Any]] = {}  # noqa: RUF012
-    _registered: dict[  # noqa: RUF012
-        tuple[bool, tuple[Any, ...]], "list[weakref.ref[DelayedScalingState]]"
+    _recipes: ClassVar[dict[_Key, tuple[DelayedScaling, Any]]] = {}
+    _registered: ClassVar[
+        dict[tuple[bool, _Key], "list[weakref.ref[DelayedScalingState]]"]
     ] = {}
 
     @classmethod
@@ -317,7 +317,9 @@ class FP8GlobalStateManager:
                     amax, op=torch.distributed.ReduceOp.MAX, group=group
                 )
                 for state, part in zip(
-                    states, amax.split([s.scale.numel() for s in states]), strict=True
+                    states,
+                    torch.split(amax, [s.scale.numel() for s in states]),
+                    strict=True,
                 ):
                     state.amax_history[0].copy_(part)
             fp8_max = fp8_max_of(recipe, forward)
@@ -333,8 +335,8 @@ class FP8GlobalStateManager:
                 sizes = [s.scale.numel() for s in group_of]
                 for state, h, sc in zip(
                     group_of,
-                    history.split(sizes, dim=1),
-                    scale.split(sizes),
+                    torch.split(history, sizes, dim=1),
+                    torch.split(scale, sizes),
                     strict=True,
                 ):
                     state.amax_history.copy_(h)
@@ -361,7 +363,7 @@ class FP8GlobalStateManager:
                 (Float8BlockScaling, _block_support()),
                 (NVFP4BlockScaling, _nvfp4_support()),
             ):
-                if isinstance(recipe, needed) and not good:
+                if not good and isinstance(recipe, needed):
                     raise AssertionError(reason)
         if isinstance(recipe, DelayedScaling):
             cls._recipes[_key(recipe, fp8_group)] = (recipe, fp8_group)
@@ -402,17 +404,14 @@ def _key(recipe: DelayedScaling, group: Any) -> tuple[Any, ...]:
 
 def fp8_max_of(recipe: Recipe, forward: bool) -> float:
     """Return the largest finite value of the recipe's format in that pass."""
-    if recipe.fp8_format == Format.E5M2:
-        return Format.E5M2.value.max_fwd
-    return (
-        recipe.fp8_format.value.max_fwd if forward else recipe.fp8_format.value.max_bwd
-    )
+    maxima = recipe.fp8_format.value
+    return float(maxima.max_fwd if forward else maxima.max_bwd)
 
 
 # --------------------------------------------------------------------- the contexts
 
 
-class autocast:  # noqa: N801  (Transformer Engine's name)
+class autocast:
     """Quantize the matrix products of Transformer Engine modules in this region.
 
     Scales of delayed scaling change when the outermost region ends (forward tensors,
@@ -450,7 +449,11 @@ class autocast:  # noqa: N801  (Transformer Engine's name)
         self._saved: tuple[Any, ...] | None = None
 
     def __enter__(self) -> "autocast":
-        """Enter the region."""
+        """Enter the region.
+
+        Raises:
+            RuntimeError: this object is active already.
+        """
         if self._saved is not None:
             raise RuntimeError(
                 "autocast context manager cannot be entered more than once concurrently"

@@ -43,7 +43,7 @@ class QuantizedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls,
+        cls: type["QuantizedTensor"],
         quantized: Quantized,
         dtype: torch.dtype,
         quantizer: Quantizer | None,
@@ -71,7 +71,7 @@ class QuantizedTensor(torch.Tensor):
         """The codes and scales, shared by detached aliases."""
         return self._cell[0]
 
-    def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values as a plain tensor of ``dtype`` (default: its own)."""
         return self.quantized.dequantize(self.dtype if dtype is None else dtype)
 
@@ -102,11 +102,13 @@ class QuantizedTensor(torch.Tensor):
         self._cell[0] = self.quantizer.quantize(values.detach())
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name the kind, the dtype and the shape."""
         packed = self.quantized.rowwise or self.quantized.columnwise
         assert packed is not None
-        return f"QuantizedTensor(codes={packed.codes.dtype}, dtype={self.dtype}, shape={tuple(self.shape)})"
+        shape = tuple(self.shape)
+        codes = packed.codes.dtype
+        return f"QuantizedTensor({codes=}, dtype={self.dtype}, {shape=})"
 
     def _alias(self, cell: list[Quantized], dtype: torch.dtype) -> "QuantizedTensor":
         return QuantizedTensor(cell[0], dtype, self.quantizer, cell=cell)
