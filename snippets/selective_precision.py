@@ -223,7 +223,7 @@ def _decide(modules: Mapping[str, Module], plan: Plan) -> dict[str, _Pair]:
         if not named:
             names = [*modules, *(re.sub(r"\b\d+\b", "*", name) for name in modules)]
             close = get_close_matches(str(key), dict.fromkeys(names), n=2)
-            hint = "; did you mean " + " or ".join(map(repr, close)) if close else ""
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"{key!r} matches no module{hint}")
         for name in modules:
             parts = name.split(".")
