@@ -65,7 +65,7 @@ _BLOCKS = {
     torch.float8_e4m3fn: _NVFP4_BLOCK,
 }
 # Of the randomized transform, fixed in Transformer Engine's kernels: 1 is a minus.
-_SIGNS = 0b1101001111101000
+_SIGNS = 0b1101011111101000
 _ROUNDINGS = ("up", "floor")
 
 
@@ -96,7 +96,7 @@ def compute_amax(x: Tensor) -> Tensor:
     if not x.numel():
         return torch.zeros((), device=x.device)
     low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high)
+    amax = torch.maximum(-low, high).abs()  # not -0
     if amax.isnan():
         amax = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).max()
     return amax.float()
@@ -449,8 +449,9 @@ def hadamard_transform(x: Tensor) -> Tensor:
     both = place[:, None] & place
     # Minus where the two places have an odd number of common bits, or the sign is one.
     odd = sum((both >> bit) & 1 for bit in range(4)) + ((_SIGNS >> place[:, None]) & 1)
-    matrix = (0.25 - 0.5 * (odd % 2)).to(x)
-    return (x.reshape(-1, _NVFP4_BLOCK) @ matrix).view(x.shape)
+    matrix = (0.25 - 0.5 * (odd % 2)).to(x.device)
+    # In float32: bfloat16 units of processors take subnormals for zero.
+    return (x.reshape(-1, _NVFP4_BLOCK).float() @ matrix).to(x.dtype).view(x.shape)
 
 
 def quantize_nvfp4(
@@ -581,8 +582,8 @@ def dequantize(
     whole = tiles.numel() == codes.numel()
     target = out.view(tiles.shape) if out is not None and whole else None
     values = _crop(decode_fp8(tiles, scale, target), codes.shape)
-    if out is not None and not whole:
-        values = out.copy_(values)
+    if out is not None:
+        values = out if whole else out.copy_(values)
     return values.to(dtype)
 
 
