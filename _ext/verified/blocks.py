@@ -325,6 +325,11 @@ class _Reader:
             if on and not (flag == "SKIP" and "pyversion" in stated):
                 self.fault("skip", node, f"+{flag} hides what happens")
 
+    def _emulators(self, block: Block) -> list[str]:
+        registry = self.app.verified_registry  # type: ignore[attr-defined]
+        known = [registry[name] for name in block.requires if name in registry]
+        return [c.emulator.partition(":")[0] for c in known if c.emulator]
+
     def _code(self, node: nodes.Element, kind: str, about: Any) -> None:
         self.count += 1
         code = node.get("test", node.astext())
@@ -468,7 +473,7 @@ class _Reader:
         )
         chains: dict[str, str] = {}
         for block in self.page.blocks:
-            imported = imports(block, self.root)
+            imported = imports(block, self.root, self._emulators(block))
             for path in imported:
                 self.env.note_dependency(str(path), docname=self.docname)
             block.digest = _hash(
@@ -546,9 +551,16 @@ def trees(block: Block) -> Iterator[tuple[int, ast.Module]]:
             continue
 
 
-def imports(block: Block, root: Path) -> list[Path]:
-    """Return the project's own files that a block imports: its snippets."""
-    found: set[Path] = set()
+def imports(block: Block, root: Path, emulators: Iterable[str] = ()) -> list[Path]:
+    """Return the project's own files that a block depends on.
+
+    They are the snippets that it imports, and the ``emulators`` that may run it.
+    """
+    found = {
+        file
+        for package in emulators
+        for file in root.joinpath(*package.split(".")).rglob("*.py")
+    }
     for _line, tree in trees(block):
         for node in ast.walk(tree):
             names: list[str] = []

@@ -26,12 +26,16 @@ class Capability:
         gpu_runner: Every GPU runner must have it: with ``GUIDE_REQUIRE_GPU=1`` a
             block that is skipped for lack of it is an error.
         implies: Capabilities that it includes, which a reason need not repeat.
+        emulator: ``"package:function"`` of this project, called before the blocks of
+            a page that need the capability where it is missing: they run on the
+            emulator, and their pages say so.
     """
 
     needs: str
     probe: Callable[[], bool]
     gpu_runner: bool = False
     implies: tuple[str, ...] = ()
+    emulator: str = ""
 
 
 Findings = dict[str, bool | str]  # a string is the message of a probe that raised
@@ -112,8 +116,9 @@ CAPABILITIES: dict[str, Capability] = {
     ),
     "transformer-engine": Capability(
         "Transformer Engine with its PyTorch part",
-        lambda: _imports("transformer_engine.pytorch"),
+        lambda: _cuda() and _imports("transformer_engine.pytorch"),
         gpu_runner=True,
+        emulator="snippets.fp8:install",
     ),
     "bitsandbytes": Capability("bitsandbytes", lambda: _imports("bitsandbytes")),
     "gloo": Capability("torch.distributed with gloo", _gloo),

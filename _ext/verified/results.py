@@ -44,6 +44,7 @@ class Record:
     seconds: float = 0.0
     when: str = ""
     output: str = ""
+    emulated: bool = False
 
 
 @dataclass
@@ -205,7 +206,7 @@ def judge(
     static: Results,
     registry: Mapping[str, Capability],
 ) -> State:
-    """Find the highest rung of a block: a GPU, this CPU, the type checker."""
+    """Find the highest rung of a block: a GPU, a CPU, an emulator, the type checker."""
     results = list(results)
     for run in results:
         if failed := run.get(block, "failed", "not run"):
@@ -221,9 +222,11 @@ def judge(
     ]
     passes = [(run, r) for run in results if (r := run.get(block, "passed"))]
     if passes:
-        run, record = max(passes, key=lambda found: (found[0].gpu, found[1].when))
+        run, record = max(
+            passes, key=lambda p: (not p[1].emulated, p[0].gpu, p[1].when)
+        )
         facts = [
-            f"ran on {run.name}",
+            f"ran on {run.name}" + (" with the emulator" * record.emulated),
             f"torch {_short(run.environment['torch'])}"
             if "torch" in run.environment
             else f"Python {run.environment.get('python', '?')}",

@@ -87,14 +87,28 @@ class Runner:
         groups: Mapping[tuple[str, str], list[Block]],
         found: capabilities.Findings,
         files: Mapping[str, list[str]],
+        *,
+        emulate: bool = True,
     ) -> dict[str, Outcome]:
-        """Run the blocks of each (page, group), in order; return outcomes by id."""
+        """Run the blocks of each (page, group), in order; return outcomes by id.
+
+        Args:
+            groups: The blocks.
+            found: What this machine has.
+            files: For each page, the files that its working directory holds.
+            emulate: Run blocks on the emulator of what this machine lacks.
+        """
         outcomes: dict[str, Outcome] = {}
         jobs = []
         for (page, _group), blocks in groups.items():
             codes = []
+            emulators: dict[str, None] = {}
             for block in blocks:
                 missing = [n for n in block.requires if found.get(n) is not True]
+                needed = self._emulators(missing) if emulate else []
+                if needed:
+                    emulators.update(dict.fromkeys(needed))
+                    missing = []
                 known = [n for n in missing if n in self.registry]
                 if missing and len(known) == len(missing):
                     why = capabilities.reason(self.registry, missing)
@@ -112,17 +126,27 @@ class Runner:
                             block.code,
                             block.want,
                             block.flags,
+                            bool(needed),
                         )
                     )
             if codes:
                 job = Job(
-                    page=page, codes=codes, files=files.get(page, []), **self._defaults
+                    page=page,
+                    codes=codes,
+                    files=files.get(page, []),
+                    emulators=list(emulators),
+                    **self._defaults,
                 )
                 jobs.append(job)
         with ThreadPoolExecutor(max(self.jobs, 1)) as pool:
             for result in pool.map(self._run, jobs):
                 outcomes.update(result)
         return outcomes
+
+    def _emulators(self, missing: list[str]) -> list[str]:
+        """Return what stands in for all that is missing, or nothing."""
+        found = [self.registry[n].emulator for n in missing if n in self.registry]
+        return found if len(found) == len(missing) and all(found) else []
 
     def _run(self, job: Job) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}

@@ -114,7 +114,7 @@ class Session:
         if device["device"] != "CPU":
             runner.jobs = 1  # pages would take the device's memory from each other
         files = {name: page.files for name, page in pages(self.app.env).items()}
-        outcomes = runner.run(groups, found, files)
+        outcomes = runner.run(groups, found, files, emulate=not _must_have_gpu())
         now = datetime.now(UTC).isoformat(timespec="seconds")
         records = [
             Record(
@@ -127,6 +127,7 @@ class Session:
                 seconds=round(outcome.seconds, 3),
                 when=now,
                 output=outcome.output,
+                emulated=outcome.emulated,
             )
             for b in blocks
         ]
@@ -152,7 +153,7 @@ class Session:
     def _require_gpu(
         self, blocks: list[Block], found: Mapping[str, bool | str]
     ) -> None:
-        if os.environ.get("GUIDE_REQUIRE_GPU", "") in ("", "0"):
+        if not _must_have_gpu():
             return
         must = {name for name, c in self.registry.items() if c.gpu_runner}
         for block in blocks:
@@ -249,3 +250,7 @@ class Session:
         """Print the tally of a run."""
         _log.info("")
         _log.info("blocks: %s", tally(records))
+
+
+def _must_have_gpu() -> bool:
+    return os.environ.get("GUIDE_REQUIRE_GPU", "") not in ("", "0")

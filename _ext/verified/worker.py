@@ -38,6 +38,7 @@ class Code:
     code: str
     want: str | None
     flags: dict[str, bool]
+    emulated: bool = False
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Job:
     files: list[str]
     default_flags: int
     time_limit: float
+    emulators: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     output: str = field(default="", repr=False)
+    emulated: bool = False
 
 
 class _TooLong(BaseException):
@@ -126,6 +129,14 @@ def _run(job: Job, answer: Connection, printed: _Tape, errors: _Tape) -> None:
             answer.send(Outcome(code.id, "not run", f"the global setup {said}"))
         answer.send(None)
         return
+    for emulator in job.emulators:
+        module, _, function = emulator.partition(":")
+        start = f"import {module}\n{module}.{function}()"
+        if said := _whole("<emulator>", start, {}, printed):
+            for code in job.codes:
+                answer.send(Outcome(code.id, "failed", f"the emulator {said}"))
+            answer.send(None)
+            return
     broken: Code | None = None
     for code in job.codes:
         if broken is not None:
@@ -135,6 +146,7 @@ def _run(job: Job, answer: Connection, printed: _Tape, errors: _Tape) -> None:
             continue
         answer.send(("start", code.id))
         outcome = _block(job, code, main.__dict__, printed)
+        outcome.emulated = code.emulated
         complaints = errors.take().strip()
         if outcome.status == "failed":
             broken = code

@@ -28,6 +28,9 @@ CAPABILITIES = {
     "python": Capability("Python", lambda: True),
     "gpu": Capability("an imaginary GPU", _GPU.is_file, gpu_runner=True),
     "tensor-cores": Capability("imaginary tensor cores", lambda: False),
+    "engine": Capability(
+        "an imaginary engine", _GPU.is_file, gpu_runner=True, emulator="motor:install"
+    ),
     "broken": Capability("a probe that works", _raise),
     "deadly": Capability("a probe that returns", _die),
 }
