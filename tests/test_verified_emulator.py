@@ -46,7 +46,9 @@ def project(tmp_path: Path) -> Project:
     """A page for an engine that the machine lacks, and an emulator of it."""
     project = Project.make(tmp_path / "project", page__rst=PAGE)
     project.write("motor/__init__.py", MOTOR)
-    project.write("engine.py", 'name: str\nraise RuntimeError("no compiled part")')
+    project.write(
+        "engine.py", 'name = ""\nif not name:\n    raise RuntimeError("empty")'
+    )
     project.write("verification/waiting.json", WAITING)
     return project
 
