@@ -1,15 +1,18 @@
 """Transformer Engine's FP8 modules, contexts and recipes, emulated on any device.
 
-Copy the folder ``fp8`` into your project; it needs only ``torch``.
+Copy this folder into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8.py
-Sources: NVIDIA, Transformer Engine 2.20.2 (Apache-2.0): names, signatures, semantics.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, 2026 (Apache-2.0): names, signatures,
+             semantics.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
 from .gemm import scaled_matmul
+from .install import install, installed, uninstall
 from .linear import Linear
 from .numerics import (
     compute_current_scale,
@@ -95,6 +98,8 @@ __all__ = [
     "fp8_autocast",
     "fp8_model_init",
     "get_default_recipe",
+    "install",
+    "installed",
     "is_fp8_available",
     "is_fp8_block_scaling_available",
     "is_mxfp8_available",
@@ -105,6 +110,7 @@ __all__ = [
     "quantize_tensor",
     "quantized_model_init",
     "scaled_matmul",
+    "uninstall",
     "update_amax_history",
     "update_delayed_scaling",
 ]

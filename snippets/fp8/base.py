@@ -2,11 +2,13 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_modules.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/base.py`` (Apache-2.0):
-    attribute names, order of checks, words of errors, layout of ``_extra_state``.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_modules.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/base.py`` (Apache-2.0):
+             attribute names, order of checks, words of errors, layout of
+             ``_extra_state``.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
@@ -235,8 +237,8 @@ class TransformerEngineBaseModule(nn.Module):
         if names:
             warnings.warn(
                 f"{type(self).__name__} keeps the recipe of its first region: "
-                f"the new {', '.join(sorted(names))} changes nothing for it, here as in "
-                "Transformer Engine 2.20. Make a new module to change the recipe.",
+                f"the new {', '.join(sorted(names))} changes nothing for it, here as "
+                "in Transformer Engine 2.20. Make a new module to change the recipe.",
                 stacklevel=2,
             )
 
@@ -349,8 +351,8 @@ class TransformerEngineBaseModule(nn.Module):
         ):
             raise RuntimeError(
                 f"{type(self).__name__} is called more than once in one autocast "
-                "region with DelayedScaling(reduce_amax=True), which Transformer Engine "
-                "does not support: the amax of the first call would be lost. Use one "
+                "region with DelayedScaling(reduce_amax=True), which Transformer "
+                "Engine does not support: the amax of the first call would be lost. Use one "
                 "region a call, or reduce_amax=False."
             )
 
@@ -368,8 +370,8 @@ class TransformerEngineBaseModule(nn.Module):
                 raise RuntimeError(
                     f"Recipe mismatch for '{name}': tensor supports recipe "
                     f"{supports.__name__}, but got {type(recipe).__name__}. Please "
-                    "check the recipes assigned during quantized_model_init() and autocast() "
-                    "calls."
+                    "check the recipes assigned during quantized_model_init() and "
+                    "autocast() calls."
                 )
 
     def make_call(
@@ -381,6 +383,7 @@ class TransformerEngineBaseModule(nn.Module):
         weight: Tensor | None = None,
         fuse_wgrad_accumulation: bool = False,
         save_original_input: bool = False,
+        operands: Sequence[Tensor | None] | None = None,
     ) -> Call:
         """Return how the product number ``gemm`` of this call computes.
 
@@ -392,6 +395,8 @@ class TransformerEngineBaseModule(nn.Module):
             weight: the parameter with ``main_grad`` (for fused accumulation).
             fuse_wgrad_accumulation: add the weight gradient to ``weight.main_grad``.
             save_original_input: keep the input itself for the backward.
+            operands: of the module's backward: where none requires a gradient it is
+                not the region's first module.
 
         Raises:
             RuntimeError: fused accumulation without ``main_grad``.
@@ -433,8 +438,19 @@ class TransformerEngineBaseModule(nn.Module):
         if is_first_microbatch is not None and workspace is not None:
             call.workspace = self._fp8_workspaces.get(workspace)
             call.update_workspace = is_first_microbatch
-        if torch.is_grad_enabled() and call.backward_override is None:
+        differentiates = operands is None or any(
+            x is not None and x.requires_grad for x in operands
+        )
+        if (
+            torch.is_grad_enabled()
+            and differentiates
+            and recipe.backward_override is None
+        ):
+            state = FP8GlobalStateManager.quantization_state
+            first = state.is_first_fp8_module
             call.updates_gradients = FP8GlobalStateManager.is_first_fp8_module()
+            if state.recompute_phase:
+                state.is_first_fp8_module = first
         return call
 
     def keep_workspace(

@@ -2,11 +2,12 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_checkpoints.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/base.py``
-    (``get_extra_state``, ``set_extra_state``) and ``pytorch/_extra_state.py``.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_checkpoints.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/base.py``
+             (``get_extra_state``, ``set_extra_state``) and ``pytorch/_extra_state.py``.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 

@@ -2,11 +2,12 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_modules.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/linear.py`` (Apache-2.0):
-    signature, defaults, initialization and the words of errors.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_modules.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/linear.py``
+             (Apache-2.0): signature, defaults, initialization and the words of errors.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
@@ -223,7 +224,7 @@ class Linear(TransformerEngineBaseModule):
         try:
             weights = [getattr(self, name) for name in self.weight_names]
             if not self.fp8 and any(isinstance(w, QuantizedTensor) for w in weights):
-                _warn_unquantized()
+                warn_unquantized()
             weight = plain_weight(weights)
             bias = (
                 plain_weight([getattr(self, name) for name in self.bias_names])
@@ -236,6 +237,7 @@ class Linear(TransformerEngineBaseModule):
                 weight=weights[0],
                 fuse_wgrad_accumulation=self.fuse_wgrad_accumulation,
                 save_original_input=self.save_original_input,
+                operands=(inp, weight, bias),
             )
             fused = self.apply_bias and not self.gemm_bias_unfused_add
             out = linear(inp, weight, bias if fused else None, call)
@@ -250,7 +252,7 @@ class Linear(TransformerEngineBaseModule):
         return out
 
 
-def _warn_unquantized() -> None:
+def warn_unquantized() -> None:
     warnings.warn(
         "You are using quantized weights without quantized compute. "
         "Please make sure this is intentional.",

@@ -2,12 +2,13 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_linear.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/linear.py`` and
-    ``pytorch/module/base.py`` (Apache-2.0): what is quantized when, in which direction,
-    what is saved, dtypes of results.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_linear.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/module/linear.py`` and
+             ``pytorch/module/base.py`` (Apache-2.0): what is quantized when, in which
+             direction, what is saved, dtypes of results.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantizers import Float8Quantizer, Quantized, Quantizer, check_shape, matmul
+from .quantizers import (
+    Float8CurrentScalingQuantizer,
+    Float8Quantizer,
+    Quantized,
+    Quantizer,
+    check_shape,
+    matmul,
+)
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
@@ -41,6 +49,10 @@ class Call:
         main_grad: the weight whose ``main_grad`` takes the weight gradient, or None.
         overwrite_main_grad: write to it instead of adding.
         updates_gradients: this layer's backward is the region's last.
+        input_amax: of the input before it was rounded, for current scaling; None takes
+            that of the input.
+        output_dtype: dtype that the rounded output is held in (and its gradient comes
+            in), if not ``activation_dtype``.
     """
 
     activation_dtype: torch.dtype
@@ -57,6 +69,8 @@ class Call:
     overwrite_main_grad: bool = False
     updates_gradients: bool = False
     new_workspace: Quantized | None = None
+    input_amax: Tensor | None = None
+    output_dtype: torch.dtype | None = None
 
 
 def linear(inp: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
@@ -104,6 +118,15 @@ def _quantized_weight(weight: Tensor, call: Call) -> Quantized:
     return call.weight_quantizer.quantize(weight.detach())
 
 
+def _quantized_input(x: Tensor, columnwise: bool, call: Call) -> Quantized:
+    quantizer = call.input_quantizer
+    assert quantizer is not None
+    if call.input_amax is not None:
+        assert isinstance(quantizer, Float8CurrentScalingQuantizer)
+        return quantizer.quantize(x, columnwise=columnwise, amax=call.input_amax)
+    return quantizer.quantize(x, columnwise=columnwise)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,9 +157,7 @@ class _Linear(torch.autograd.Function):
                         "save_original_input"
                     )
                 only_rows = original or call.backward_override is not None
-                quantized_x = call.input_quantizer.quantize(
-                    x, columnwise=needs_x and not only_rows
-                )
+                quantized_x = _quantized_input(x, needs_x and not only_rows, call)
                 quantized_w = _quantized_weight(weight, call)
                 call.new_workspace = quantized_w
                 # FP8 kernels add no FP32 bias: cuBLAS takes it as BF16.
@@ -170,6 +191,7 @@ class _Linear(torch.autograd.Function):
         else:
             ctx.w = None
         ctx.save_for_backward(saved_x, weight, *codes)
+        out = out.to(call.output_dtype or dtype)
         return out.reshape(*inp.shape[:-1], weight.shape[0])
 
     @staticmethod

@@ -2,11 +2,13 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_quantizers.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantization.py`` (recipe states)
-    and ``pytorch/tensor/*`` (quantizers), Apache-2.0: names, arguments and semantics.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_quantizers.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantization.py`` (recipe
+             states) and ``pytorch/tensor/*`` (quantizers), Apache-2.0: names, arguments
+             and semantics.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
@@ -383,10 +385,19 @@ class Float8CurrentScalingQuantizer(_OneScale):
         self.amax_epsilon = amax_epsilon
 
     def quantize(
-        self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
+        self,
+        x: Tensor,
+        *,
+        rowwise: bool = True,
+        columnwise: bool = True,
+        amax: Tensor | None = None,
     ) -> Quantized:
-        """Scale ``x`` so that its amax becomes the format's maximum, and round."""
-        amax = compute_amax(x)
+        """Scale ``x`` so that its amax becomes the format's maximum, and round.
+
+        A kernel that computed ``x`` may hand over the ``amax`` that it had before
+        ``x`` was rounded to its dtype.
+        """
+        amax = compute_amax(x) if amax is None else amax.clone()
         if self.with_amax_reduction and torch.distributed.is_initialized():
             torch.distributed.all_reduce(
                 amax,

@@ -2,11 +2,13 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_recipe.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``common/recipe/__init__.py`` (Apache-2.0):
-    field names, order, defaults, environment variables and the words of the checks.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_recipe.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``common/recipe/__init__.py``
+             (Apache-2.0): field names, order, defaults, environment variables and the
+             words of the checks.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 

@@ -2,11 +2,12 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_state.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantization.py`` (Apache-2.0):
-    names, signatures, order of updates and the words of errors.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_state.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantization.py``
+             (Apache-2.0): names, signatures, order of updates and the words of errors.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 

@@ -2,11 +2,12 @@
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Guide: guide/fp8
-Tests: tests/test_fp8_tensor.py
-Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantized_tensor.py`` and
-    ``pytorch/tensor/float8_tensor.py`` (Apache-2.0): names and behaviour.
-Changed: 2026-11-22
+    Guide:   guide/fp8
+    Tests:   tests/test_fp8_tensor.py
+    Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/quantized_tensor.py`` and
+             ``pytorch/tensor/float8_tensor.py`` (Apache-2.0): names and behaviour.
+    Changed: 2026-11-22
+
 SPDX-License-Identifier: Apache-2.0
 """
 
