@@ -231,7 +231,8 @@ class TransformerEngineBaseModule(nn.Module):
             name
             for name in vars(new)
             if getattr(new, name) != getattr(old, name, None)
-            and name != "amax_history_len"
+            and name not in {"amax_history_len", "backward_override"}
+            and not name.startswith("fp8_gemm_")  # read at every call
             and not name.endswith("_algo")
         ]
         if names:
@@ -352,8 +353,8 @@ class TransformerEngineBaseModule(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__} is called more than once in one autocast "
                 "region with DelayedScaling(reduce_amax=True), which Transformer "
-                "Engine does not support: the amax of the first call would be lost. Use one "
-                "region a call, or reduce_amax=False."
+                "Engine does not support: the amax of the first call would be lost. "
+                "Use one region a call, or reduce_amax=False."
             )
 
     def _check_recipe_of_weights(self) -> None:
@@ -459,6 +460,7 @@ class TransformerEngineBaseModule(nn.Module):
         """Remember the quantized weight of ``call`` for the next micro-batches."""
         if is_first_microbatch is not None and call.new_workspace is not None:
             self._fp8_workspaces[name] = call.new_workspace
+        call.new_workspace = call.workspace = None  # autograd keeps the call alive
 
     # ----------------------------------------------------------------- checkpoints
 

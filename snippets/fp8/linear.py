@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import (
     InitMethod,
@@ -98,6 +98,9 @@ class Linear(TransformerEngineBaseModule):
         NotImplementedError: an option that is not emulated.
         ValueError: sizes below 1, or a split that does not add up.
     """
+
+    weight: nn.Parameter
+    bias: Tensor
 
     def __init__(
         self,

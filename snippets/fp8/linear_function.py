@@ -171,10 +171,12 @@ class _Linear(torch.autograd.Function):
                     out_dtype=dtype,
                     bias=None if bias is None else bias.to(bias_dtype),
                 )
-                saved_x = x if original and needs_x else None
-                saved_w = quantized_w
+                saved_x, saved_w = x if original and needs_x else None, None
+                # The backward sums over the other axis, or takes what the forward had.
+                rows = call.backward_override == "dequantized"
+                if call.backward_override != "high_precision":
+                    saved_w = quantized_w.keep(rows, not rows)
                 if needs_x and not original:
-                    rows = call.backward_override == "dequantized"
                     ctx.x = quantized_x.keep(rows, not rows)
         ctx.call = call
         ctx.shape = inp.shape
