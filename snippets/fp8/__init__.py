@@ -11,9 +11,19 @@ Copy this folder into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+from .attention import (
+    DotProductAttention,
+    RotaryPositionEmbedding,
+    apply_rotary_pos_emb,
+)
+from .checkpoint import checkpoint
 from .gemm import scaled_matmul
 from .install import install, installed, uninstall
+from .layernorm_linear import LayerNormLinear
+from .layernorm_mlp import LayerNormMLP
 from .linear import Linear
+from .multi_head_attention import MultiheadAttention
+from .norms import LayerNorm, RMSNorm
 from .numerics import (
     compute_current_scale,
     compute_scale,
@@ -64,12 +74,14 @@ from .state import (
     quantized_model_init,
 )
 from .tensor import QuantizedTensor
+from .transformer import TransformerLayer
 
 __all__ = [
     "CustomRecipe",
     "DType",
     "DelayedScaling",
     "DelayedScalingRequest",
+    "DotProductAttention",
     "FP8GlobalStateManager",
     "Float8BlockQuantizer",
     "Float8BlockScaling",
@@ -78,19 +90,28 @@ __all__ = [
     "Float8Quantizer",
     "Format",
     "IdentityQuantizer",
+    "LayerNorm",
+    "LayerNormLinear",
+    "LayerNormMLP",
     "Linear",
     "MMParams",
     "MXFP8BlockScaling",
     "MXFP8Quantizer",
+    "MultiheadAttention",
     "NVFP4BlockScaling",
     "NVFP4Quantizer",
     "QParams",
     "QuantizedTensor",
     "Quantizer",
     "QuantizerRole",
+    "RMSNorm",
     "Recipe",
+    "RotaryPositionEmbedding",
+    "TransformerLayer",
     "accumulator",
+    "apply_rotary_pos_emb",
     "autocast",
+    "checkpoint",
     "compute_current_scale",
     "compute_scale",
     "dequantize",
