@@ -144,7 +144,7 @@ def test_saving_and_copying_keep_every_code(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "sets"), [(k, v[1]) for k, v in RECIPES.items()])
 def test_bytes_of_a_weight(name: str, sets: int) -> None:
-    """One byte an element (half of one for NVFP4) and the scales, for each direction."""
+    """A byte an element (half of one for NVFP4) and the scales, for each direction."""
     quantized = weight_of(made(name)).quantized
     found = {t.data_ptr(): t.nbytes for t in quantized.tensors() if t is not None}
     elements = 128 * 128

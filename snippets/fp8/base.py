@@ -485,7 +485,7 @@ class TransformerEngineBaseModule(nn.Module):
             raise RuntimeError("Unsupported checkpoint format.")
         if state.numel() == 0:
             return
-        loaded = load_extra_state(state)
+        loaded = load_extra_state(state, type(self).__name__)
         recipe = loaded["recipe"]
         num_gemms = loaded["scale_fwd"].numel() // 3
         mine = self.fp8_meta.get("num_gemms", num_gemms)

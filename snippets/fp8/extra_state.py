@@ -13,6 +13,7 @@ SPDX-License-Identifier: Apache-2.0
 
 import importlib
 import io
+import os
 import pickle
 from typing import Any
 
@@ -23,6 +24,7 @@ from . import recipe as recipes
 
 __all__ = ["load_extra_state", "save_extra_state"]
 
+_UNSAFE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _TE_RECIPES = "transformer_engine.common.recipe"
 # What a checkpoint may name: the recipe and how torch rebuilds a CPU tensor.
 _ALLOWED = {
@@ -79,12 +81,28 @@ def save_extra_state(fp8_meta: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def load_extra_state(state: Tensor) -> dict[str, Any]:
+def load_extra_state(state: Tensor, context: str = "a module") -> dict[str, Any]:
     """Return what :func:`save_extra_state` or Transformer Engine wrote.
 
+    Transformer Engine refuses to read it, since it is a pickle, unless
+    ``NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1``. This reader runs no code, and refuses
+    only where that variable is 0: to rehearse it.
+
+    Args:
+        state: uint8, the bytes.
+        context: whose state it is, for the message.
+
     Raises:
-        RuntimeError: the bytes are no such state.
+        RuntimeError: the bytes are no such state, or the variable is 0.
     """
+    if os.getenv(_UNSAFE) == "0":
+        raise RuntimeError(
+            f"Refusing to load pickled Transformer Engine extra state for {context}. "
+            "Delayed-scaling FP8 metadata can be stored as a Python pickle, and "
+            "loading it can execute arbitrary code. Only enable unsafe loading if this "
+            "checkpoint is from a trusted source. To load it anyway, set "
+            f"{_UNSAFE}=1."
+        )
     try:
         data = state.detach().cpu().contiguous().numpy().tobytes()
     except Exception:  # numpy is not needed by torch
