@@ -169,7 +169,7 @@ class _Seam:
         if self.dtype is not None and calls and calls[-1][0] is module:
             for device in calls.pop()[1]:
                 torch.set_autocast_enabled(device, True)
-        return _cast(output, self.output_dtype) if self.output_dtype else output
+        return _cast(output, self.output_dtype) if self.output_dtype else None
 
 
 def _replace(model: Module, plan: Plan, optimizer: Optimizer | None) -> _Dtypes:
@@ -216,13 +216,14 @@ def _decide(modules: Mapping[str, Module], plan: Plan) -> dict[str, _Pair]:
             pattern = re.escape(key).replace(r"\*\*\.", r"(?:.*\.)?")
             pattern = pattern.replace(r"\*\*", ".*").replace(r"\*", "[^.]*")
             named = {name for name in modules if re.fullmatch(pattern, name)}
+            named -= {""} if key == "*" else set()
         elif isinstance(key, type) and issubclass(key, Module):
             named = {name for name, m in modules.items() if isinstance(m, key)}
         else:
             raise TypeError(f"a key is a name or a Module class, got {key!r}")
         if not named:
             names = [*modules, *(re.sub(r"\b\d+\b", "*", name) for name in modules)]
-            close = get_close_matches(str(key), dict.fromkeys(names), n=2)
+            close = get_close_matches(str(key), dict.fromkeys(names), 2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"{key!r} matches no module{hint}")
         for name in modules:
@@ -264,7 +265,7 @@ def _move(
     old, new = {}, {}
     for name, (t, dtype) in target.items():
         if t.grad is not None:
-            raise ValueError(f"{name} has a gradient: call zero_grad() first")
+            raise ValueError(f"{name} has a gradient: call model.zero_grad() first")
         entry = state.get(index.get(id(t)), {})
         source = t.detach()
         if (main := entry.get("main_param")) is not None:  # unless it is out of date
