@@ -63,6 +63,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "DotProductAttention",
     ),
     "pytorch.attention.multi_head_attention": ("MultiheadAttention",),
+    "pytorch.attention.rope": ("RotaryPositionEmbedding", "apply_rotary_pos_emb"),
     "pytorch.constants": ("DType",),
     "pytorch.distributed": ("checkpoint",),
     "pytorch.module.base": ("TransformerEngineBaseModule",),
@@ -109,7 +110,7 @@ _MODULES = (
     "Linear",
     "RMSNorm",
 )
-_ATTENTION = ("DotProductAttention", "MultiheadAttention")
+_ATTENTION = ("DotProductAttention", "MultiheadAttention", "RotaryPositionEmbedding")
 _TENSORS = (
     "Float8BlockQuantizer",
     "Float8CurrentScalingQuantizer",
@@ -373,7 +374,7 @@ def _requirement_caches() -> list[Any]:
         id(value): value
         for module in list(sys.modules.values())
         for value in list(getattr(module, "__dict__", {}).values())
-        if isinstance(value, kind)
+        if issubclass(type(value), kind)  # isinstance() would ask proxies
     }
     about = re.compile(r"transformer[-_.]engine\b", re.IGNORECASE)
     return [
