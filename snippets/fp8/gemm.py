@@ -319,7 +319,7 @@ def _hopper_rows(
         terms = products.mul_(per_unit[:, :, None]).trunc_().sum(-1)
         acc = terms.add_(acc.mul_(per_unit).trunc_()).mul_(unit)
         bits = acc.view(torch.int32) & -(1 << (23 - _FRACTION))
-        acc = bits.view(torch.float32) + 0.0  # a sum of zero is +0
+        acc = bits.view(torch.float32)
     return total.add_(acc) if split else acc
 
 

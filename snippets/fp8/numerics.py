@@ -1,15 +1,16 @@
-"""Compute Transformer Engine's scales, codes and histories, bit for bit, on any device.
+"""Quantize tensors to Transformer Engine's codes and scales, bit for bit, and back.
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
-Scales and the amax history of delayed scaling follow the fused CUDA kernels, which
-differ from the textbook where amax is zero, tiny, Inf or NaN. The quantizers return
-``(codes, inv_scale)``, and `dequantize` inverts each of them.
+The quantizers return ``(codes, inv_scale)``, one byte an element or less, and
+`dequantize` inverts each of them. The scales are in ``scaling.py``, the casts in
+``codes.py``; all that is public can be imported from here.
 
     Guide:   guide/fp8
     Tests:   tests/test_fp8_numerics.py
-    Sources: NVIDIA Transformer Engine 2.20, common/recipe/delayed_scaling.cu and
-             recipe_common.cuh (scales), common/util/ptx.cuh (E8M0),
+    Sources: NVIDIA Transformer Engine 2.20, common/transpose/
+             quantize_transpose_vector_blockwise.cu (blocks),
+             common/util/ptx.cuh (E8M0),
              common/cast/nvfp4/core_nvfp4.cuh (two-level scales),
              pytorch/custom_recipes/reference_nvfp4.py (Hadamard transform);
              Micikevicius et al. 2022, arXiv:2209.05433, section 3 (E4M3, E5M2);
@@ -21,8 +22,6 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -37,6 +36,15 @@ from .codes import (
     encode_fp4,
     encode_fp8,
     fp8_dtype,
+)
+from .scaling import (
+    FLOAT32_MAX,
+    compute_amax,
+    compute_current_scale,
+    compute_scale,
+    scale_of_amax,
+    update_amax_history,
+    update_delayed_scaling,
 )
 
 __all__ = [
@@ -53,8 +61,6 @@ __all__ = [
     "update_delayed_scaling",
 ]
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-# Infinite scales become the largest number of the dtype that was quantized.
 _NVFP4_RANGE = FP4_MAX * FP8_MAX[torch.float8_e4m3fn]
 _MX_BLOCK = 32
 _NVFP4_BLOCK = 16
@@ -67,194 +73,6 @@ _BLOCKS = {
 # Of the randomized transform, fixed in Transformer Engine's kernels: 1 is a minus.
 _SIGNS = 0b1101011111101000
 _ROUNDINGS = ("up", "floor")
-
-
-class DelayedScalingRecipe(Protocol):
-    """What `update_delayed_scaling` reads of a recipe."""
-
-    margin: int
-    amax_compute_algo: Any  # "max", "most_recent" or a function of the history
-    scaling_factor_compute_algo: Callable[..., Tensor] | None
-
-
-def compute_amax(x: Tensor) -> Tensor:
-    """Return the largest magnitude in ``x``, NaN left out.
-
-    Args:
-        x: float32, bfloat16 or float16, any shape.
-
-    Returns:
-        float32, no dimensions; 0 for an empty tensor, Inf if there is one.
-
-    Any other dtype of ``x`` is a TypeError.
-
-    Example:
-        >>> compute_amax(torch.tensor([1.0, -3.0, float("nan")]))
-        tensor(3.)
-    """
-    x = check_input(x)
-    if not x.numel():
-        return torch.zeros((), device=x.device)
-    low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high).abs()  # not -0
-    if amax.isnan():
-        amax = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).max()
-    return amax.float()
-
-
-def update_amax_history(history: Tensor) -> Tensor:
-    """Return the history with this step's amax moved to the end and a free first row.
-
-    Row 0 is where the current step collects its amax, rows 1 (oldest) to L - 1 (newest)
-    are past steps: ``new[0] = 0``, ``new[i] = history[i + 1]``, ``new[L - 1] =
-    history[0]``. A column whose row 0 is zero saw no data and stays as it is; NaN is
-    not zero.
-
-    Args:
-        history: float32, [L, n], or [L].
-
-    Returns:
-        A new tensor, the shape of ``history``.
-
-    Example:
-        >>> update_amax_history(torch.tensor([4.0, 1.0, 2.0, 3.0])).tolist()
-        [0.0, 2.0, 3.0, 4.0]
-    """
-    rolled = history.roll(-1, 0)
-    rolled[0] = 0.0
-    return torch.where(history[0] == 0, history, rolled)
-
-
-def compute_scale(
-    amax: Tensor, scale: Tensor, fp8_max: float, margin: int = 0
-) -> Tensor:
-    """Return the scale that maps ``amax`` to ``fp8_max / 2**margin``, or the old one.
-
-    ``fp8_max * 2**-margin / amax``, divided once in float32. Where amax is zero, Inf or
-    NaN the old scale stays; where the quotient is Inf it is the largest float32.
-
-    Args:
-        amax: float32, any shape.
-        scale: float32, the shape of ``amax``: what stays where amax says nothing.
-        fp8_max: 448 for E4M3, 57344 for E5M2.
-        margin: Powers of two to leave free below ``fp8_max``.
-
-    Returns:
-        A new tensor, float32, the shape of ``amax``.
-
-    Example:
-        >>> amax = torch.tensor([0.0, 7.0, float("inf")])
-        >>> compute_scale(amax, torch.ones(3), 448.0).tolist()
-        [1.0, 64.0, 1.0]
-    """
-    largest = torch.tensor(fp8_max * 2.0**-margin, device=amax.device)
-    # torch.div: a Python number over a tensor would multiply by the reciprocal.
-    fresh = torch.div(largest, amax)
-    scale = torch.where(amax.isfinite() & (amax > 0), fresh, scale)
-    return scale.clamp(max=_FLOAT32_MAX)
-
-
-def update_delayed_scaling(
-    history: Tensor, scale: Tensor, fp8_max: float, recipe: DelayedScalingRecipe
-) -> tuple[Tensor, Tensor]:
-    """Return history and scale after a step of delayed scaling.
-
-    ``amax`` is the largest of the whole history ("max"), NaN left out, or this step's
-    ("most_recent"); then `compute_scale` and `update_amax_history`. A column without
-    data in this step keeps both its history and its scale. An Inf keeps the old scale
-    for as long as it counts: L steps under "max", one under "most_recent".
-
-    A function as ``amax_compute_algo`` or ``scaling_factor_compute_algo`` takes the
-    road that Transformer Engine takes for it, written in PyTorch rather than CUDA:
-    every column is moved, "max" is NaN where there is one, and the default scale is
-    ``(1 / amax * fp8_max) / 2**margin``, rounded at each step.
-
-    Args:
-        history: float32, [L, n], L >= 1: row 0 is this step's amax.
-        scale: float32, [n].
-        fp8_max: 448 for E4M3, 57344 for E5M2.
-        recipe: Has ``margin``, ``amax_compute_algo`` ("max", "most_recent" or a
-            function of the history that returns [n]) and
-            ``scaling_factor_compute_algo`` (None, or a function of amax, scale, fp8_max
-            and the recipe).
-
-    Returns:
-        New tensors, in the shapes of ``history`` and ``scale``.
-
-    Raises:
-        ValueError: ``amax_compute_algo`` is another string, or the shapes disagree.
-    """
-    if history.dim() < 1 or not history.shape[0] or history.shape[1:] != scale.shape:
-        got = f"{list(history.shape)} and {list(scale.shape)}"
-        msg = f"history must be [L, n] with L >= 1 and scale [n], got {got}"
-        raise ValueError(msg)
-    algo, compute = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
-    if not callable(algo) and algo not in {"max", "most_recent"}:
-        msg = f"amax_compute_algo must be 'max' or 'most_recent', got {algo!r}"
-        raise ValueError(msg)
-    if callable(algo) or compute is not None:
-        return _update_unfused(history, scale, fp8_max, recipe)
-    amax = history[0]
-    if algo == "max":
-        seen = history.nan_to_num(nan=0.0, posinf=torch.inf).amax(0)
-        amax = torch.where(amax == 0, 0.0, seen)
-    scale = compute_scale(amax, scale, fp8_max, recipe.margin)
-    return update_amax_history(history), scale
-
-
-def _update_unfused(
-    history: Tensor, scale: Tensor, fp8_max: float, recipe: DelayedScalingRecipe
-) -> tuple[Tensor, Tensor]:
-    algo, compute = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
-    history, scale = history.clone(), scale.clone()  # a function may write to them
-    if callable(algo):
-        amax = algo(history)
-    else:
-        amax = history.amax(0) if algo == "max" else history[0].clone()
-    rolled = history.roll(-1, 0)
-    rolled[0] = 0.0
-    if compute is not None:
-        return rolled, compute(amax, scale, fp8_max, recipe).clone()
-    fresh = amax.reciprocal() * fp8_max / 2**recipe.margin
-    fresh = torch.where(amax.isfinite() & (amax > 0), fresh, scale)
-    return rolled, torch.where(fresh.isinf(), _FLOAT32_MAX, fresh)
-
-
-def compute_current_scale(
-    amax: Tensor, fp8_max: float, power_of_2: bool = False, epsilon: float = 0.0
-) -> Tensor:
-    """Return the scale that maps ``amax`` to ``fp8_max``, or 1 where there is none.
-
-    ``fp8_max / max(amax, epsilon)``, divided once in float32; 1 where that amax is
-    zero, Inf or NaN. Where the quotient is Inf it is the largest float32.
-    ``power_of_2`` rounds it down to a power of two.
-
-    Args:
-        amax: float32, any shape, >= 0.
-        fp8_max: 448 for E4M3, 57344 for E5M2.
-        power_of_2: Round down.
-        epsilon: Smallest amax to use.
-
-    Returns:
-        A new tensor, float32, the shape of ``amax``.
-
-    Example:
-        >>> amax = torch.tensor([0.0, 3.0])
-        >>> compute_current_scale(amax, 448.0, power_of_2=True).tolist()
-        [1.0, 128.0]
-    """
-    return _current_scale(amax, fp8_max, power_of_2, epsilon, _FLOAT32_MAX)
-
-
-def _current_scale(
-    amax: Tensor, fp8_max: float, power_of_2: bool, epsilon: float, largest: float
-) -> Tensor:
-    amax = torch.where(amax < epsilon, epsilon, amax)
-    scale = torch.div(torch.tensor(fp8_max, device=amax.device), amax)
-    scale = torch.where(scale.isinf(), largest, scale)
-    if power_of_2:
-        scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)
-    return torch.where(amax.isfinite() & (amax != 0), scale, 1.0)
 
 
 def quantize_tensor(
@@ -342,7 +160,7 @@ def quantize_block(
         raise ValueError(msg)
     tiles = _tiles(x, block)
     amax, largest = block_amax(tiles), torch.finfo(x.dtype).max
-    scale = _current_scale(amax, FP8_MAX[dtype], power_of_2, epsilon, largest)
+    scale = scale_of_amax(amax, FP8_MAX[dtype], power_of_2, epsilon, largest)
     return _encode_tiles(x, tiles, dtype, scale), scale.reciprocal()
 
 
@@ -505,14 +323,14 @@ def quantize_nvfp4(
     amax = compute_amax(x)
     tiles = _tiles(x, (_NVFP4_BLOCK if two_d else 1, _NVFP4_BLOCK))
     largest = torch.tensor(_NVFP4_RANGE, device=x.device)
-    total = torch.div(largest, amax).clamp_(max=_FLOAT32_MAX)
+    total = torch.div(largest, amax).clamp_(max=FLOAT32_MAX)
     total = torch.where((amax == 0) | (total == 0), 1.0, total)
     sixth = torch.tensor(1.0 / FP4_MAX, device=x.device)
     wanted = block_amax(tiles) * (total * sixth)
     e4m3 = torch.float8_e4m3fn
     inv_scale = wanted.clamp_(max=FP8_MAX[e4m3]).to(e4m3)
     scale = (decode_fp8(inv_scale) * total.reciprocal()).reciprocal_()
-    scale.clamp_(max=_FLOAT32_MAX)
+    scale.clamp_(max=FLOAT32_MAX)
     codes = encode_fp4(tiles, scale[:, None, :, None], stochastic, generator)
     codes = codes.view(*x.shape[:-1], columns // 2)
     if two_d:
