@@ -257,7 +257,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
         [1.0]
     """
     if x.dtype != torch.bfloat16:
-        msg = f"the Hadamard transform takes bfloat16, got {x.dtype}"
+        msg = f"RHT is only supported for bfloat16 input, got {x.dtype}"
         raise TypeError(msg)
     if not x.dim() or x.shape[-1] % _NVFP4_BLOCK:
         dims = list(x.shape)
