@@ -59,7 +59,9 @@ def world() -> dict[str, Any]:
             for name, value in vars(fp8).items()
             if isinstance(value, type)
         },
-        "autocast": torch.autocast.__init__,
+        "autocast": [
+            vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__")
+        ],
         "answer": dict(vars(available)),
         "filters": list(warnings.filters),
     }
@@ -367,7 +369,7 @@ def test_blocks_of_several_threads_may_overlap() -> None:
     def work() -> None:
         start.wait()
         try:
-            for _ in range(20):
+            for _ in range(5):
                 with fp8.installed():
                     te: Any = importlib.import_module("transformer_engine.pytorch")
                     assert te.Linear is fp8.Linear
@@ -538,6 +540,28 @@ def test_autocast_for_cuda_acts_on_the_cpu_without_a_warning() -> None:
         assert torch.autocast(cuda, torch.bfloat16)(product_dtype)() == torch.bfloat16
     with pytest.warns(UserWarning, match="CUDA is not available"):
         torch.autocast(cuda, dtype=torch.bfloat16)
+
+
+def test_a_program_that_asks_whether_autocast_is_on_hears_what_it_would_on_a_gpu() -> (
+    None
+):
+    """`torch.is_autocast_enabled()` asks for CUDA; the answer nests and ends."""
+
+    def asked() -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(), torch.get_autocast_dtype("cuda")
+
+    before = asked()
+    assert before == (False, torch.float16)
+    with fp8.installed(), torch.autocast("cuda", torch.bfloat16):
+        assert asked() == (True, torch.bfloat16)
+        with torch.autocast("cuda", torch.float32):
+            assert asked() == (True, torch.float32)
+        with torch.autocast("cuda", torch.bfloat16, enabled=False):
+            assert asked() == (False, torch.bfloat16)
+            with torch.autocast("cpu"):
+                assert asked() == (False, torch.bfloat16)
+        assert asked() == (True, torch.bfloat16)
+    assert asked() == before
 
 
 def test_autocast_for_cuda_is_left_alone_where_there_is_cuda(

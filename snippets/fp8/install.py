@@ -33,7 +33,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -385,10 +385,15 @@ def _requirement_caches() -> list[Any]:
 
 
 def _redirect_autocast(undo: ExitStack) -> None:
-    """Let ``torch.autocast("cuda")`` act on the CPU where there is no CUDA device."""
-    original: Callable[..., None] = torch.autocast.__init__
+    """Let ``torch.autocast("cuda")`` act on the CPU where there is no CUDA device.
 
-    @functools.wraps(original)
+    CUDA's own switch is set beside it: ``torch.is_autocast_enabled()`` asks for it
+    (torch.nn.TransformerEncoderLayer does, before it takes a path without FP8).
+    """
+    kind: Any = torch.autocast
+    methods = {name: vars(kind)[name] for name in ("__init__", "__enter__", "__exit__")}
+
+    @functools.wraps(methods["__init__"])
     def init(
         self: Any,
         device_type: str,
@@ -399,13 +404,37 @@ def _redirect_autocast(undo: ExitStack) -> None:
         if device_type == "cuda" and not torch.cuda.is_available():
             device_type = "cpu"
             dtype = torch.get_autocast_dtype("cuda") if dtype is None else dtype
+            self._as_cuda = (enabled, dtype)
             # To float32 it casts nothing in a float32 model; the CPU's refuses it.
             enabled = enabled and dtype != torch.float32
             dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-        original(self, device_type, dtype, enabled, cache_enabled)
+        methods["__init__"](self, device_type, dtype, enabled, cache_enabled)
 
-    undo.callback(setattr, torch.autocast, "__init__", original)
-    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    @functools.wraps(methods["__enter__"])
+    def enter(self: Any) -> Any:
+        if hasattr(self, "_as_cuda"):
+            self._cuda_before = _cuda_autocast()
+            _set_cuda_autocast(*self._as_cuda)
+        return methods["__enter__"](self)
+
+    @functools.wraps(methods["__exit__"])
+    def leave(self: Any, *error: Any) -> Any:
+        if hasattr(self, "_as_cuda"):
+            _set_cuda_autocast(*self._cuda_before)
+        return methods["__exit__"](self, *error)
+
+    for name, method in methods.items():
+        undo.callback(setattr, kind, name, method)
+    kind.__init__, kind.__enter__, kind.__exit__ = init, enter, leave
+
+
+def _cuda_autocast() -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
+def _set_cuda_autocast(enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", dtype)
 
 
 # ------------------------------------------------------- modules and the distribution
