@@ -1,7 +1,7 @@
 """Compute in float64 throughout, and find what stayed in float32.
 
-Copy this file into your project; it needs only ``torch`` (2.6 or newer), and
-``lightning`` for `DoublePrecision` alone, which is left out where there is none.
+Copy this file into your project; it needs only ``torch``, and ``lightning`` for one
+class, `DoublePrecision`, which is left out where Lightning is not installed.
 
 `double_precision` makes new tensors float64, `to_double` widens a model with all that
 belongs to it, `find_single` lists what is stored in fewer bits and `trace_single` what
