@@ -291,6 +291,38 @@ def test_what_no_key_covers_follows_autocast(autocast: torch.dtype | None) -> No
     assert on == (autocast is not None)
 
 
+@pytest.mark.parametrize("tell", ["input", "output"])
+def test_a_norm_that_no_key_covers_gets_what_autocast_gives_it(tell: str) -> None:
+    """Its 16-bit input is widened where autocast is off, and only there."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    seen: list[torch.dtype] = []
+
+    def look(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen.append((args[0] if tell == "input" else output).dtype)
+
+    model[1].register_forward_hook(look)
+    with autocasting(BF16):
+        model(torch.ones(1, 4))
+    apply_precision_plan(model, {"0": (BF16, BF16)})
+    with autocasting(BF16):
+        model(torch.ones(1, 4))
+    model(torch.ones(1, 4))
+    assert seen[0] == seen[1]
+    assert seen[2] == FP32
+
+
+def test_a_pair_is_for_the_modules_that_the_key_matches() -> None:
+    """What is inside them returns what it computes."""
+    inner = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(inner), nn.Linear(4, 4))
+    seen: list[torch.dtype] = []
+    apply_precision_plan(model, {"0": (BF16, FP64), "1": FP32})
+    for module in (inner, model[0]):
+        module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    model(torch.ones(1, 4))
+    assert seen == [BF16, FP64]
+
+
 def test_the_residual_stream_is_the_callers_choice() -> None:
     """Megatron's fp32_residual_connection: BF16 inside, FP32 between the layers."""
     for plan, stream in (
@@ -987,6 +1019,8 @@ BAD_PLANS: list[tuple[Any, type[Exception], str]] = [
     ({"layer.*": FP32}, ValueError, "did you mean 'layers.*'"),
     ({"head.weight": FP32}, ValueError, "did you mean 'head'"),
     ({"zzz": FP32}, ValueError, "'zzz' matches no module"),
+    ({"*.norm": FP32}, ValueError, "'*.norm' matches no module"),
+    ({"l*m": FP32}, ValueError, "'l*m' matches no module"),
     ({nn.Conv2d: FP32}, ValueError, "Conv2d'> matches no module"),
     ({"head": FP32, "": BF16}, ValueError, "'head' decides nothing"),
     ({"layers.0": FP32, "layers.*": BF16}, ValueError, "'layers.0' decides nothing"),
