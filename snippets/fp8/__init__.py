@@ -11,6 +11,8 @@ Copy this folder into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+from typing import Never
+
 from .attention import (
     DotProductAttention,
     RotaryPositionEmbedding,
@@ -135,3 +137,15 @@ __all__ = [
     "update_amax_history",
     "update_delayed_scaling",
 ]
+
+
+def __getattr__(name: str) -> Never:
+    """Say that the emulator lacks a name, rather than that nothing has it.
+
+    Raises:
+        AttributeError: always.
+    """
+    raise AttributeError(
+        f"{__name__} has no {name!r}: either Transformer Engine has it and it is not "
+        f"emulated, or it is misspelt. Here are: {', '.join(__all__)}."
+    )

@@ -161,6 +161,10 @@ class Recipe:
 
     fp8_format: Format
     backward_override: BackwardOverride
+    # Set by the recipes that have them; no arguments, as in Transformer Engine.
+    fp8_quant_fwd_inp: QParams
+    fp8_quant_fwd_weight: QParams
+    fp8_quant_bwd_grad: QParams
 
     def __post_init__(self) -> None:
         """Check every field once, when the recipe is made.

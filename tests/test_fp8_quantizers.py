@@ -1,0 +1,222 @@
+"""Tests of snippets/fp8/quantizers.py: which quantizer each slot of a module gets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from snippets import fp8 as te
+from snippets.fp8.quantizers import (
+    DelayedScalingState,
+    Packed,
+    make_quantizers,
+    matmul,
+)
+from tests import te_source
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ROLES = [te.QuantizerRole() for _ in range(6)]
+
+
+def slots(recipe: te.Recipe, *, forward: bool) -> list[Any]:
+    """Return the quantizers of a module with one product."""
+    count = 3 if forward else 2
+    state = (
+        DelayedScalingState(recipe, forward, count, torch.device("cpu"))
+        if isinstance(recipe, te.DelayedScaling)
+        else None
+    )
+    return list(make_quantizers(recipe, forward, count, state, ROLES))
+
+
+@pytest.mark.parametrize("fmt", [te.Format.HYBRID, te.Format.E4M3])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        te.DelayedScaling,
+        te.Float8CurrentScaling,
+        te.Float8BlockScaling,
+        te.MXFP8BlockScaling,
+    ],
+)
+def test_formats_of_both_passes(
+    recipe: Callable[..., te.Recipe], fmt: te.Format
+) -> None:
+    """HYBRID is E4M3 forward and E5M2 backward; E4M3 is E4M3 in both."""
+    made = recipe(fp8_format=fmt)
+
+    assert [q.dtype for q in slots(made, forward=True)] == [E4M3] * 3
+    backward = E5M2 if fmt is te.Format.HYBRID else E4M3
+    assert [q.dtype for q in slots(made, forward=False)] == [backward] * 2
+
+
+def test_options_reach_the_slots_that_they_are_for() -> None:
+    """Inputs, weights and gradients differ in blocks, transforms and rounding."""
+    block = te.Float8BlockScaling()
+    assert [q.block_scaling_dim for q in slots(block, forward=True)[:2]] == [1, 2]
+    assert slots(block, forward=False)[0].block_scaling_dim == 1
+    assert slots(block, forward=True)[0].force_pow_2_scales
+    current = te.Float8CurrentScaling()
+    current.fp8_quant_bwd_grad = te.QParams(power_2_scale=True, amax_epsilon=0.5)
+    assert not slots(current, forward=True)[0].force_pow_2_scales
+    assert slots(current, forward=False)[0].force_pow_2_scales
+    assert slots(current, forward=False)[0].amax_epsilon == 0.5
+    mx = te.MXFP8BlockScaling(enable_2d_quantization=True)
+    assert [q.with_2d_quantization for q in slots(mx, forward=True)[:2]] == [0, 1]
+
+    def nvfp4(**options: bool) -> list[tuple[bool, bool, bool]]:
+        recipe = te.NVFP4BlockScaling(**options)  # type: ignore[arg-type]
+        both = slots(recipe, forward=True)[:2] + slots(recipe, forward=False)[:1]
+        return [
+            (q.with_rht, q.with_2d_quantization, q.stochastic_rounding) for q in both
+        ]
+
+    assert nvfp4() == [
+        (True, False, False),
+        (False, True, False),
+        (True, False, True),
+    ]
+    assert nvfp4(disable_rht=True, disable_2d_quantization=True) == [
+        (False, False, False),
+        (False, False, False),
+        (False, False, True),
+    ]
+    assert nvfp4(disable_stochastic_rounding=True)[2] == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        te.DelayedScaling(fp8_dpa=True),
+        te.Float8CurrentScaling(fp8_mha=True),
+        te.NVFP4BlockScaling(nvfp4_4over6="all"),
+        te.NVFP4BlockScaling(row_scaled_activation=True),
+    ],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_options_that_are_not_emulated(recipe: te.Recipe) -> None:
+    """They raise at the first call, and leave the module as it was."""
+    layer = te.Linear(16, 16)
+    with (
+        te.autocast(recipe=recipe),
+        pytest.raises(NotImplementedError, match=r"not\s+emulated"),
+    ):
+        layer(torch.randn(16, 16))
+
+    assert "recipe" not in layer.fp8_meta
+    with te.autocast():
+        layer(torch.randn(16, 16))
+
+
+def test_amax_grows_within_a_region_and_ignores_nan() -> None:
+    """The staging row keeps the largest of several casts."""
+    state = DelayedScalingState(te.DelayedScaling(), True, 3, torch.device("cpu"))
+    quantizer = state.quantizers(E4M3)[1]
+    for value in (1.0, float("nan"), 3.0, 2.0):
+        quantizer.quantize(torch.tensor([[value, -0.5]]))
+
+    assert state.amax_history[0].tolist() == [0.0, 3.0, 0.0]
+    assert (state.amax_history[1:] == 0).all()
+
+
+def test_a_history_is_cut_or_padded_at_its_end() -> None:
+    """Row 0 is the newest in both."""
+    recipe = te.DelayedScaling(amax_history_len=4)
+    state = DelayedScalingState(recipe, True, 1, torch.device("cpu"))
+    state.amax_history.copy_(torch.arange(4.0)[:, None])
+    state.resize(6)
+    assert state.amax_history[:, 0].tolist() == [0, 1, 2, 3, 0, 0]
+    state.resize(2)
+    assert state.amax_history[:, 0].tolist() == [0, 1]
+
+
+def custom(role: te.QuantizerRole) -> te.Quantizer:
+    """Return MXFP8 for weights and inputs, and leave gradients as they are."""
+    if role.tensor_type.startswith("grad"):
+        return te.IdentityQuantizer()
+    return te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3)
+
+
+def test_a_custom_recipe_chooses_by_role() -> None:
+    """Each slot gets what the function returns; high precision is one choice."""
+    torch.manual_seed(0)
+    layer, x, dy = (
+        te.Linear(32, 48, name="fc1"),
+        torch.randn(16, 32),
+        torch.randn(16, 48),
+    )
+    x.requires_grad_()
+    seen: list[te.QuantizerRole] = []
+
+    def factory(role: te.QuantizerRole) -> te.Quantizer:
+        seen.append(role)
+        return custom(role)
+
+    with te.autocast(recipe=te.CustomRecipe(qfactory=factory)):
+        y = layer(x)
+    torch.autograd.backward(y, dy)
+
+    def rounded(t: Tensor) -> Tensor:
+        scale = te.compute_current_scale(t.abs().amax(), 448.0)
+        return te.dequantize(*te.quantize_tensor(t, E4M3, scale))
+
+    w = rounded(layer.weight.detach())
+    assert [(r.tensor_type, r.name) for r in seen[:2]] == [
+        ("input", "fc1"),
+        ("weight", "fc1"),
+    ]
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(y, rounded(x.detach()) @ w.t())
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dy @ w)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        (None, ValueError, "returned None for slot 0"),
+        (3, TypeError, "returned int for slot 0"),
+        (te.DelayedScalingRequest(), NotImplementedError, "not emulated"),
+    ],
+)
+def test_what_a_custom_recipe_may_not_return(
+    returned: object, error: type[Exception], match: str
+) -> None:
+    """One error, before the module has changed."""
+    layer = te.Linear(16, 16)
+    recipe = te.CustomRecipe(qfactory=lambda role: returned)
+    with te.autocast(recipe=recipe), pytest.raises(error, match=match):
+        layer(torch.randn(16, 16))
+    assert "recipe" not in layer.fp8_meta
+
+
+def test_element_types() -> None:
+    """Named as in Transformer Engine; others than those of a format are refused."""
+    theirs = te_source.load("pytorch.constants").DType
+    assert {kind.name for kind in te.DType} <= set(theirs.__members__)
+    with pytest.raises(ValueError, match=r"must be DType\.kFloat8E4M3 or"):
+        te.MXFP8Quantizer(te.DType.kFloat4E2M1)
+    with pytest.raises(ValueError, match="must be kFloat4E2M1"):
+        te.NVFP4Quantizer(te.DType.kFloat8E4M3)
+
+
+def test_a_direction_that_was_not_made_is_an_error() -> None:
+    """Not the other one, silently."""
+    x = torch.randn(32, 32)
+    rows = te.MXFP8Quantizer(E4M3).quantize(x, columnwise=False)
+    with pytest.raises(RuntimeError, match=r"columnwise form .* \(32, 32\)"):
+        matmul(rows, True, rows, False, use_split_accumulator=True, out_dtype=x.dtype)
+
+
+def test_plain_values_are_not_rounded() -> None:
+    """A product of unquantized operands is that of their float32 values."""
+    x = torch.randn(16, 16)
+    plain = te.IdentityQuantizer().quantize(x)
+    found = matmul(
+        plain, False, plain, False, use_split_accumulator=True, out_dtype=x.dtype
+    )
+
+    torch.testing.assert_close(found, x @ x.t())
+    assert Packed(x).full().equal(x)
