@@ -315,6 +315,18 @@ def test_the_bits_do_not_depend_on_threads(threads: int) -> None:
     assert all(torch.equal(found[key], again[key]) for key in found)
 
 
+@pytest.mark.parametrize("name", ["delayed", "current", "block"])
+def test_hopper_sums_every_recipe_of_hopper(name: str) -> None:
+    """To within what 13 fraction bits lose; the recipes of Blackwell are refused."""
+    exact = step(made(), RECIPES[name](), torch.bfloat16)
+    with te.accumulator("hopper"):
+        short = step(made(), RECIPES[name](), torch.bfloat16)
+    for key, value in exact.items():
+        assert 0 < (short[key] - value).norm() < 2**-7 * value.norm(), key
+    with te.accumulator("hopper"), pytest.raises(ValueError, match="Hopper multiplies FP8 with"):
+        step(made(), te.MXFP8BlockScaling(), torch.bfloat16)
+
+
 def test_hopper_obeys_the_split_accumulator() -> None:
     """Float8CurrentScaling's forward is summed in the short accumulator only."""
     x = torch.rand(16, 4096, dtype=torch.bfloat16)

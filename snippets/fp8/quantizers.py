@@ -103,12 +103,17 @@ class Packed(NamedTuple):
     amax: Tensor | None = None
     transposed: bool = False
 
-    def operand(self, columnwise: bool) -> Operand:
-        """Return [outer, summed over] values for ``scaled_matmul``."""
+    def operand(self, columnwise: bool, fold: bool) -> Operand:
+        """Return [outer, summed over] values for ``scaled_matmul``.
+
+        Args:
+            columnwise: sum along the first axis of what was quantized.
+            fold: put powers of two into the values, see ``decode_operand``.
+        """
         if self.inv_scale is None:
             found = Operand(self.codes.float(), None, None, self.codes.dtype)
         else:
-            found = decode_operand(self.codes, self.inv_scale, self.amax)
+            found = decode_operand(self.codes, self.inv_scale, self.amax, fold=fold)
         return found if self.transposed == columnwise else found.T
 
     def full(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,7 +145,7 @@ class Quantized:
         self.rowwise = rowwise
         self.columnwise = columnwise
 
-    def operand(self, columnwise: bool) -> Operand:
+    def operand(self, columnwise: bool, *, fold: bool = True) -> Operand:
         """Return [outer, summed over] values along the direction asked for.
 
         Raises:
@@ -152,7 +157,7 @@ class Quantized:
                 f"the {'columnwise' if columnwise else 'rowwise'} form of a tensor of "
                 f"shape {tuple(self.shape)} was not made"
             )
-        return packed.operand(columnwise)
+        return packed.operand(columnwise, fold)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values as ``dtype``, from the rowwise form if there is one."""
@@ -228,17 +233,14 @@ def matmul(
     Returns:
         [outer of a, outer of b] tensor.
     """
-    left, right = a.operand(a_columnwise), b.operand(b_columnwise)
-    if torch.float32 in (left.source, right.source) or left.source.itemsize > 1:
-        product = left.values @ right.values.t()
-        for factor in (left.factor, right.factor):
-            product = product if factor is None else product * factor
-        product = product if bias is None else product + bias.float()
-        return product.to(out_dtype)
+    accumulator = FP8GlobalStateManager.quantization_state.accumulator
+    fold = accumulator == "fp32"  # Hopper applies the scales of blocks to its sums
+    left = a.operand(a_columnwise, fold=fold)
+    right = b.operand(b_columnwise, fold=fold)
     return scaled_matmul(
         left,
         right,
-        accumulator=FP8GlobalStateManager.quantization_state.accumulator,
+        accumulator=accumulator,
         use_split_accumulator=use_split_accumulator,
         out_dtype=out_dtype,
         bias=bias,
