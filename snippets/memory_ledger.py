@@ -1,9 +1,9 @@
-"""Count the bytes of a training step by what they are for, exactly, on any device.
+"""Count the bytes of a training step by what they are for, exactly, without a GPU.
 
 Copy this file into your project; it needs only ``torch`` (2.6 or newer).
 
-`MemoryLedger` is a ``with`` block around your training step. A CPU is enough; with fake
-tensors, for a model of any size.
+`MemoryLedger` is a ``with`` block around your training step. With fake tensors it needs
+no memory either, for a model of any size.
 
     Guide:   guide/memory_ledger
     Tests:   tests/test_memory_ledger.py
@@ -28,7 +28,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as hooks
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 __all__ = ["MemoryLedger"]
 
@@ -64,16 +63,15 @@ class MemoryLedger:
 
     Attributes:
         moments: Bytes by kind at "start" and "end", and when most was held in "step"
-            (outside of modules and without gradients: unscaling, clipping, optimizer),
-            in "backward", and in "forward", which is all the rest.
+            (after backward, until a module runs, and what runs without gradients
+            outside of modules), in "backward", and in "forward", all the rest.
         by_module: Bytes of activations by the module that ran when they were saved, at
             the moment when most was saved. "" is the model, "(outside)" is no module.
         total_saved: Bytes that were saved for backward, freed since or not.
 
     Raises:
         TypeError: ``model`` is no module, or compiled, or an optimizer is none.
-        ValueError: The model's parameters are lazy, on several devices or not there, or
-            an optimizer has some that are not the model's.
+        ValueError: Parameters are none, lazy, on several devices, or not the model's.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU())
@@ -270,11 +268,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.running.pop()
 
     def follow(self) -> None:
+        phase = self.phase
         if torch._C._current_graph_task_id() != -1:
             phase = "backward"
-        elif self.running or self.is_packing or torch.is_grad_enabled():
+        elif self.running or self.is_packing:
             phase = "forward"
-        else:
+        elif phase == "backward" or not torch.is_grad_enabled():
             phase = "step"
         if phase != self.phase:
             self.mark()
@@ -320,14 +319,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(things: object) -> Iterator[Tensor]:
-    for leaf in tree_leaves(things):
-        if hasattr(leaf, "__tensor_flatten__"):  # made of other tensors
-            names = leaf.__tensor_flatten__()[0]
-            yield from _tensors([getattr(leaf, name) for name in names])
-        elif isinstance(leaf, Tensor) and leaf.is_sparse:
-            yield from _tensors([leaf._indices(), leaf._values()])
-        elif isinstance(leaf, Tensor):
-            yield leaf
+    if hasattr(things, "__tensor_flatten__"):  # made of other tensors
+        things = [getattr(things, name) for name in things.__tensor_flatten__()[0]]
+    elif isinstance(things, Tensor) and things.is_sparse:
+        things = [things._indices(), things._values()]
+    if isinstance(things, Tensor):
+        yield things
+    elif isinstance(things, (dict, list, tuple)):
+        for thing in things.values() if isinstance(things, dict) else things:
+            yield from _tensors(thing)
 
 
 def _check(model: object, optimizers: list[Any]) -> None:

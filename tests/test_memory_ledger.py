@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import FunctionCtx
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 from torch.optim import SGD, AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -322,6 +323,26 @@ def test_transformer_layer_saves_34_sbh_and_5_a_s_s_b(
         assert sum(ledger.by_module.values()) == formula + extra + 8 * s * b
 
 
+@pytest.mark.parametrize(("s", "b", "h", "a"), [(8, 2, 16, 2), (24, 3, 32, 4)])
+def test_attention_in_one_operation_saves_no_scores(
+    s: int, b: int, h: int, a: int
+) -> None:
+    """PyTorch's own layer: 32 sbh + 8 sb + 4 asb, or 38 sbh + 8 sb + 4 assb if not.
+
+    4 asb is the float32 logarithm that the backward pass makes the scores from again.
+    """
+    layer = nn.TransformerEncoderLayer(h, a, 4 * h, 0.0, "gelu", batch_first=True)
+    saved = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(kernel), MemoryLedger(layer.to(BF16)) as ledger:
+            layer(torch.randn(b, s, h, dtype=BF16)).sum()
+        saved[kernel] = sum(ledger.by_module.values())
+    assert (
+        saved[SDPBackend.FLASH_ATTENTION] == 32 * s * b * h + 8 * s * b + 4 * a * s * b
+    )
+    assert saved[SDPBackend.MATH] == 38 * s * b * h + 8 * s * b + 4 * a * s * s * b
+
+
 def test_a_storage_counts_once_however_many_hold_it() -> None:
     """Views, a tensor that is saved five times, a tied weight: one storage each."""
     x = torch.ones(4, 8)
@@ -525,6 +546,22 @@ def test_sparse_gradients_count_by_their_parts() -> None:
     with MemoryLedger(table) as ledger:
         backward(table(torch.tensor([1, 2, 3])).sum())
     assert ledger.moments["end"]["gradients"] == 3 * 8 + 3 * 8 * 4
+
+
+def test_what_runs_between_backward_and_the_model_is_the_steps() -> None:
+    """Unscaling allocates, with gradients on: it is not put down to forward."""
+    model = stack()
+    optimizer = SGD(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    with MemoryLedger(model, optimizer) as ledger:
+        for _ in range(2):
+            backward(scaler.scale(model(torch.ones(1, WIDTH)).sum()))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert "gradients" not in ledger.moments["forward"]
+    assert "activations" not in ledger.moments["step"]
+    assert ledger.moments["step"]["gradients"] == 4 * NUMEL
 
 
 # Oracles: the allocator, PyTorch's own tracker, the graph itself, fake tensors.
