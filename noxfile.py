@@ -213,6 +213,19 @@ def doctest_gpu(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure ratios of time and memory, and record them: on a quiet machine, by hand.
+
+    ``nox -s bench -- fp8_transformer`` runs one file of benchmarks/.
+    """
+    known = sorted(path.stem for path in ROOT.glob("benchmarks/*.py"))
+    if unknown := sorted(set(session.posargs) - set(known)):
+        session.error(f"no benchmark {', '.join(unknown)}; there are {known}")
+    for name in session.posargs or known:
+        run(session, "python", "-m", f"benchmarks.{name}")
+
+
+@nox.session(default=False)
 def linkcheck(session: nox.Session) -> None:
     """Follow every link to other sites; it needs the web, so it runs weekly."""
     make(session, "linkcheck")

@@ -317,13 +317,13 @@ def test_the_bits_do_not_depend_on_threads(threads: int) -> None:
 
 @pytest.mark.parametrize("name", ["delayed", "current", "block"])
 def test_hopper_sums_every_recipe_of_hopper(name: str) -> None:
-    """To within what 13 fraction bits lose; the recipes of Blackwell are refused."""
+    """Within what 13 fraction bits lose; the recipes of Blackwell are refused."""
     exact = step(made(), RECIPES[name](), torch.bfloat16)
     with te.accumulator("hopper"):
         short = step(made(), RECIPES[name](), torch.bfloat16)
     for key, value in exact.items():
         assert 0 < (short[key] - value).norm() < 2**-7 * value.norm(), key
-    with te.accumulator("hopper"), pytest.raises(ValueError, match="Hopper multiplies FP8 with"):
+    with te.accumulator("hopper"), pytest.raises(ValueError, match="Hopper multiplies"):
         step(made(), te.MXFP8BlockScaling(), torch.bfloat16)
 
 
