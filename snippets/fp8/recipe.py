@@ -57,6 +57,9 @@ class Format(enum.Enum):
     HYBRID = _FormatHelper(max_fwd=448, max_bwd=57344)
 
 
+_CHECKED_FIELDS: set[str] = set()  # not those that a user's subclass adds
+
+
 def _on(variable: str) -> bool:
     return os.getenv(variable, "0") == "1"
 
@@ -70,6 +73,7 @@ def _checked(cls: _T) -> _T:
     """
     made: Callable[..., None] = vars(cls)["__init__"]
     names = [f.name for f in dataclasses.fields(cls) if f.init]
+    _CHECKED_FIELDS.update(names)
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
@@ -95,6 +99,8 @@ def _require(value: bool, message: str) -> None:
 def _check_types(recipe: Any) -> None:
     hints = typing.get_type_hints(type(recipe))
     for field in dataclasses.fields(recipe):
+        if field.name not in _CHECKED_FIELDS:
+            continue
         value, hint = getattr(recipe, field.name), hints[field.name]
         choices = [
             choice
