@@ -28,7 +28,7 @@ RECIPES: dict[str, Callable[..., te.Recipe]] = {
     "nvfp4": lambda **kw: te.NVFP4BlockScaling(disable_stochastic_rounding=True, **kw),
 }
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-ROWS, IN, OUT = 128, 256, 384
+ROWS, IN, OUT = 256, 256, 384  # more than the 128 of a flush
 
 
 def made(
@@ -47,10 +47,18 @@ def made(
 
 
 def batch(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Return an input with outliers, and a gradient of the output."""
+    """Return an input and a gradient whose rows and columns differ by magnitudes.
+
+    So that a scale for a row's block rounds otherwise than one for a column's, even
+    where both are powers of two: some elements underflow under one of them.
+    """
     torch.manual_seed(1)
-    x = torch.randn(ROWS, IN) * torch.logspace(-2, 2, IN)
-    return x.to(dtype).requires_grad_(), (torch.randn(ROWS, OUT) * 1e-3).to(dtype)
+
+    def uneven(rows: int, columns: int, size: float) -> Tensor:
+        spread = 10.0 ** (torch.rand(rows, 1) * 3 + torch.rand(1, columns) * 4)
+        return (torch.randn(rows, columns) * spread * size).to(dtype)
+
+    return uneven(ROWS, IN, 1e-4).requires_grad_(), uneven(ROWS, OUT, 1e-7)
 
 
 def step(layer: te.Linear, recipe: te.Recipe, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -237,6 +245,26 @@ def test_leading_dimensions_are_rows(shape: tuple[int, ...]) -> None:
     assert torch.isfinite(layer.weight.grad).all()
 
 
+def test_rows_that_only_the_backward_refuses() -> None:
+    """Eight rows run in inference; a gradient sums over them and needs sixteen."""
+    layer, x = te.Linear(16, 24), torch.randn(8, 16)
+    with te.autocast(), torch.no_grad():
+        assert isinstance(layer(x), Tensor)
+    with (
+        te.autocast(),
+        pytest.raises(ValueError, match=r"weight gradient .* 8 of them"),
+    ):
+        layer(x)
+    x = torch.randn(16, 16, requires_grad=True)
+    with (
+        te.autocast(),
+        pytest.raises(ValueError, match=r"input gradient .* 24 of them"),
+    ):
+        layer(x)
+    with te.autocast():
+        layer(x.detach())
+
+
 def recipes_and_shapes() -> list[tuple[te.Recipe, tuple[int, int], str]]:
     """List shapes that kernels refuse."""
     each = "divisible by 8 and the last dimension to be divisible by 16"
@@ -313,6 +341,20 @@ def test_the_bits_do_not_depend_on_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
     assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+@pytest.mark.parametrize("product", ["fprop", "dgrad", "wgrad"])
+def test_each_product_has_its_own_split_accumulator(product: str) -> None:
+    """Turning one off changes the bits of that product, and of no other."""
+    keys = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+    recipe = te.Float8CurrentScaling(fp8_gemm_fprop=te.MMParams())
+    with te.accumulator("hopper"):
+        split = step(made(), recipe, torch.bfloat16)
+        setattr(recipe, f"fp8_gemm_{product}", te.MMParams(use_split_accumulator=False))
+        short = step(made(), recipe, torch.bfloat16)
+
+    changed = {key for key in split if not torch.equal(split[key], short[key])}
+    assert changed == {keys[product]}
 
 
 @pytest.mark.parametrize("name", ["delayed", "current", "block"])

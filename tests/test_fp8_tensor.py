@@ -138,6 +138,9 @@ def test_saving_and_copying_keep_every_code(name: str) -> None:
         assert isinstance(alike, te.QuantizedTensor)
         assert torch.equal(alike.dequantize(), values)
     with torch.no_grad():
+        weight.clone().zero_()
+    assert torch.equal(weight.dequantize(), values), "so has a clone"
+    with torch.no_grad():
         weight.detach().zero_()
     assert (weight.dequantize() == 0).all(), "a detached alias shares its codes"
 

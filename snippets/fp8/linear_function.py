@@ -97,8 +97,32 @@ def linear(inp: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tens
         assert call.weight_quantizer is not None
         check_shape(inp, call.input_quantizer)
         check_shape(weight, call.weight_quantizer)
+        if torch.is_grad_enabled() and call.backward_override is None:
+            _check_summed(inp, weight)
     out: Tensor = _Linear.apply(inp, weight, bias, call)  # type: ignore[no-untyped-call]
     return out
+
+
+def _check_summed(inp: Tensor, weight: Tensor) -> None:
+    """Refuse rows that the backward's products could not sum over.
+
+    Transformer Engine's own check lets multiples of 8 pass; its documentation asks for
+    multiples of 16, and so do the FP8 kernels, in the backward.
+
+    Raises:
+        ValueError: they are no multiple of 16.
+    """
+    rows, outputs = inp[..., 0].numel(), weight.shape[0]
+    for count, needed, product in (
+        (rows, weight.requires_grad, "weight gradient sums over the rows of the input"),
+        (outputs, inp.requires_grad, "input gradient sums over the rows of the weight"),
+    ):
+        if needed and count % 16:
+            raise ValueError(
+                f"FP8 training requires both dimensions to be divisible by 16: the "
+                f"{product}, {count} of them (input {list(inp.shape)}, weight "
+                f"{list(weight.shape)}). Pad them."
+            )
 
 
 def _plain_product(

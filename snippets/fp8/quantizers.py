@@ -358,7 +358,7 @@ class Float8Quantizer(_OneScale):
 
     def calibrate(self, x: Tensor) -> None:
         """Record the amax of ``x``; several calls in one region keep the largest."""
-        self.amax.copy_(torch.fmax(self.amax, compute_amax(x).reshape_as(self.amax)))
+        self.amax.copy_(torch.maximum(self.amax, compute_amax(x).reshape_as(self.amax)))
 
 
 class Float8CurrentScalingQuantizer(_OneScale):
