@@ -397,7 +397,7 @@ def test_a_variable_with_a_wrong_value_is_refused(
             make(module, name)
 
 
-# ------------------------------------------------------------------------ as dataclasses
+# ----------------------------------------------------------------------- as dataclasses
 
 
 @each_recipe
