@@ -193,12 +193,12 @@ def test_deprecated_names_warn_and_work(engine: Any, name: str) -> None:  # noqa
     keyword = "fp8_recipe" if name == "fp8_autocast" else "recipe"
     words = f"^{name} is deprecated and will be removed in a"
     found = []
-    with pytest.warns(DeprecationWarning, match=words) as caught:  # noqa: PT031
+    with pytest.warns(DeprecationWarning, match=words) as caught:  # noqa: SIM117
         with getattr(engine, name)(enabled=True, **{keyword: recipe}):
             found.append(engine.FP8GlobalStateManager.get_fp8_recipe())
     assert found == [recipe]
     others = THEIRS if engine is OURS else OURS
-    with pytest.warns(DeprecationWarning, match=words) as theirs:  # noqa: PT031
+    with pytest.warns(DeprecationWarning, match=words) as theirs:  # noqa: SIM117
         with getattr(others, name)():
             pass
     assert [str(w.message) for w in caught] == [str(w.message) for w in theirs]
