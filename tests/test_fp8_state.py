@@ -611,6 +611,16 @@ assert scales() == [torch.div(448, torch.tensor(3.0)).item(), 57344 / 2, 3.0]
 mine = [torch.div(448, torch.tensor(2.0 + rank)).item(), 57344 / (1 + rank), 2.0 + rank]
 assert scales(reduce_amax=False) == mine
 assert scales(group=own) == mine
+# Two groups in one region: each module is reduced over its own.
+recipe, both, alone = fp8.DelayedScaling(), *(
+    fp8.Linear(16, 16, device="cpu") for _ in range(2)
+)
+with fp8.autocast(recipe=recipe):
+    both(x)
+    with fp8.autocast(recipe=recipe, amax_reduction_group=own):
+        alone(x)
+found = [m.fp8_meta["scaling_fwd"].amax_history[-1, 0].item() for m in (both, alone)]
+assert found == [3.0, 2.0 + rank]
 # Evaluation on one rank only does not wait for the other.
 if rank == 0:
     with torch.no_grad(), fp8.autocast(recipe=fp8.DelayedScaling()):
