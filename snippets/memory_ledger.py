@@ -50,7 +50,8 @@ class MemoryLedger:
     ``gradients``; ``optimizer``, all else in its state; ``casts``, copies of parameters
     in another dtype, such as autocast's; ``activations``, all else that is saved for
     backward, the batch among it; ``recomputed``, made in backward with gradients on,
-    for a checkpoint; ``other``: the batch from its first use, outputs, temporaries.
+    for a checkpoint; ``other``: the batch from its first use, outputs, temporaries, and
+    a gradient before it is in ``.grad``.
 
     Not seen: what one operation allocates and frees. What an autograd function keeps as
     attributes, or other hooks on saved tensors keep, is ``other``.
@@ -85,7 +86,7 @@ class MemoryLedger:
 
     def __init__(self, model: nn.Module, optimizers: Any = ()) -> None:  # noqa: ANN401
         several = optimizers if isinstance(optimizers, Iterable) else [optimizers]
-        self._optimizers = [getattr(o, "optimizer", o) for o in several]  # Lightning's
+        self._optimizers = list(several)
         self._model = model
         _check(model, self._optimizers)
         self._watch: _Watch | None = None
@@ -278,9 +279,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if phase != self.phase:
             self.mark()
             self.phase = phase
-            self.grew = phase != "forward"  # which does not need the last gradients
-            if phase == "backward":  # know the gradients at its end
-                torch.autograd.Variable._execution_engine.queue_callback(self.mark)
+            self.grew = True  # the start of a phase is a moment of it
 
     def mark(self) -> None:
         """Note what is held, if it is the most of this phase or of all activations."""

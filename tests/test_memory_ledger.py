@@ -549,19 +549,63 @@ def test_sparse_gradients_count_by_their_parts() -> None:
 
 
 def test_what_runs_between_backward_and_the_model_is_the_steps() -> None:
-    """Unscaling allocates, with gradients on: it is not put down to forward."""
+    """Unscaling, or the user's own tensors: not put down to forward or backward."""
     model = stack()
     optimizer = SGD(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     with MemoryLedger(model, optimizer) as ledger:
         for _ in range(2):
             backward(scaler.scale(model(torch.ones(1, WIDTH)).sum()))
+            extra = torch.zeros(10_000)
             scaler.step(optimizer)
+            del extra
             scaler.update()
             optimizer.zero_grad()
     assert "gradients" not in ledger.moments["forward"]
     assert "activations" not in ledger.moments["step"]
     assert ledger.moments["step"]["gradients"] == 4 * NUMEL
+    assert (
+        ledger.moments["step"]["other"] >= 40_000 > ledger.moments["backward"]["other"]
+    )
+
+
+def test_what_is_saved_is_forwards_outside_of_modules_as_well() -> None:
+    """Autograd turns gradients off while it saves; that is no optimizer's step."""
+    model = nn.Linear(8, 8)
+    with MemoryLedger(model) as ledger:
+        with torch.no_grad():
+            x = torch.ones(100, 8) + 1
+        y = model.weight.sum() * x
+        assert y.ndim == 2
+    assert ledger.moments["forward"]["activations"] == x.nbytes
+    assert "activations" not in ledger.moments["step"]
+
+
+def test_a_tensor_that_is_saved_and_let_go_of_was_an_activation() -> None:
+    """Though nothing is freed by it: all tensors of the graph live on."""
+    model, x = nn.Linear(8, 8), torch.ones(100, 8)
+    with MemoryLedger(model) as ledger:
+        total_weight = model.weight.sum()
+        y = total_weight * x
+        kept = y.detach()
+        del y
+    assert ledger.by_module == {"(outside)": x.nbytes}
+    assert ledger.moments["forward"]["activations"] == x.nbytes
+    assert "activations" not in ledger.moments["end"]
+    assert ledger.moments["end"]["other"] == 4 + x.nbytes + kept.nbytes
+
+
+def test_a_storage_that_grows_counts_at_its_new_size() -> None:
+    """Resized in place, to more and to less."""
+    with MemoryLedger(nn.Linear(1, 1)) as ledger:
+        x = torch.zeros(10)
+        x.resize_(1000)
+        passing = torch.zeros(2)
+        del passing  # a size that only its storage knows of is seen at the next event
+        x.untyped_storage().resize_(40)
+        x.resize_(10).zero_()
+    assert ledger.moments["forward"]["other"] == 4008
+    assert ledger.moments["end"]["other"] == 40
 
 
 # Oracles: the allocator, PyTorch's own tracker, the graph itself, fake tensors.
@@ -740,6 +784,7 @@ def test_a_graph_outlives_its_ledger_and_counts_in_no_other() -> None:
     first = ledger.moments["end"]
     backward(loss)
     assert ledger.moments["end"] == first
+    assert "backward" not in ledger.moments
     with ledger:
         del loss, x
         gc.collect()
@@ -775,6 +820,15 @@ def test_fabric_and_trainer_steps_can_be_counted() -> None:
     end = ledger.moments["end"]
     assert [end["parameters"], end["gradients"]] == [2 * NUMEL, 2 * NUMEL]
     assert end["optimizer"] == 4 * NUMEL + STEPS
+
+    network = stack()
+    mains = MainParams(AdamW(network.parameters()))
+    model, optimizer = fabric.setup(network, mains)
+    mains.load_state_dict(mains.state_dict())
+    with MemoryLedger(network, optimizer) as ledger:
+        fabric.backward(model(torch.ones(ROWS, WIDTH)).sum())
+        optimizer.step()
+    assert ledger.moments["end"]["main params"] == 4 * NUMEL
 
     class Counts(lightning.Callback):
         def on_train_batch_start(
