@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from snippets import fp8 as te
-from snippets.fp8.quantizers import (
-    DelayedScalingState,
-    Packed,
-    make_quantizers,
-    matmul,
-)
+from snippets.fp8.quantized import Packed, matmul
+from snippets.fp8.quantizers import DelayedScalingState, make_quantizers
 from tests import te_source
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -24,13 +24,8 @@ from torch import Tensor, nn
 
 from .extra_state import load_extra_state, save_extra_state
 from .linear_function import Call
-from .quantizers import (
-    DelayedScalingState,
-    Quantized,
-    Quantizer,
-    QuantizerRole,
-    make_quantizers,
-)
+from .quantized import Quantized
+from .quantizers import DelayedScalingState, Quantizer, QuantizerRole, make_quantizers
 from .recipe import DelayedScaling, Recipe
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .quantized import Quantized, matmul
 from .quantizers import (
     Float8CurrentScalingQuantizer,
     Float8Quantizer,
-    Quantized,
     Quantizer,
     check_shape,
-    matmul,
 )
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .quantizers import Packed, Quantized, Quantizer
+from .quantized import Packed, Quantized
+from .quantizers import Quantizer
 
 __all__ = ["QuantizedTensor"]
 
