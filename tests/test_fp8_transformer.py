@@ -1127,6 +1127,7 @@ def test_inputs_that_cannot_be() -> None:
             (torch.ones(8, 64, dtype=torch.complex64), TypeError, r"torch\.complex64"),
             (torch.ones(8, 64, dtype=BF16), TypeError, "Data types for parameters"),
             (torch.ones(7, 64), ValueError, "divisible by 8"),
+            (torch.ones(8, 64), ValueError, "divisible by 16"),
         ]
         for x, kind, words in wrong:
             with (
@@ -1135,7 +1136,7 @@ def test_inputs_that_cannot_be() -> None:
             ):
                 layer(x)
         with te.autocast(recipe=te.DelayedScaling()):
-            assert layer(torch.randn(8, 64)).isfinite().all()
+            assert layer(torch.randn(16, 64)).isfinite().all()
         with te.autocast(recipe=te.DelayedScaling()):
             assert layer(torch.ones(0, 64)).shape[0] == 0
             assert not layer.fp8_meta["scaling_fwd"].amax_history.isnan().any()

@@ -162,9 +162,9 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         NotImplementedError: an option that is not emulated.
 
     Example:
-        >>> layer = nn.Linear(4, 4)
-        >>> checkpoint(layer, torch.ones(2, 4)).shape
-        torch.Size([2, 4])
+        >>> layer, x = nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+        >>> torch.equal(checkpoint(layer, x), layer(x))
+        True
     """
     reentrant = kwargs.pop("use_reentrant", True)
     refuse(
