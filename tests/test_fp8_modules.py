@@ -655,3 +655,21 @@ def test_one_clear_warning_when_the_recipe_changes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(module, te.MXFP8BlockScaling(), x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_that_saves_nothing_is_recomputed_too(reentrant: bool) -> None:
+    """Or the scales kept for it would be taken for those of a later step."""
+    module, aside = made(MODULES["Linear"]), made(MODULES["Linear"])
+    aside.requires_grad_(False)
+
+    def run(x: Tensor) -> Tensor:
+        y = value(module(x))
+        aside(y.detach())
+        return y
+
+    with te.autocast(recipe=te.DelayedScaling()):
+        out = te.checkpoint(run, batch(), use_reentrant=reentrant)
+    assert len(aside._stash) == 1
+    backward(out)
+    assert not aside._stash
