@@ -13,11 +13,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from typing import Never
 
-from .attention import (
-    DotProductAttention,
-    RotaryPositionEmbedding,
-    apply_rotary_pos_emb,
-)
+from .attention import DotProductAttention
 from .checkpoint import checkpoint
 from .gemm import scaled_matmul
 from .install import install, installed, uninstall
@@ -61,6 +57,7 @@ from .recipe import (
     QParams,
     Recipe,
 )
+from .rotary import RotaryPositionEmbedding, apply_rotary_pos_emb
 from .state import (
     FP8GlobalStateManager,
     accumulator,

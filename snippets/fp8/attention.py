@@ -5,138 +5,27 @@ Copy the folder ``fp8`` into your project; it needs only ``torch``.
 Guide: guide/fp8
 Tests: tests/test_fp8_transformer.py
 Sources: NVIDIA, Transformer Engine 2.20.2, ``pytorch/attention/dot_product_attention``
-    (Apache-2.0): signature, defaults, checks, meaning of masks and windows;
-    Su et al. 2021, arXiv:2104.09864, section 3.4 (rotary embedding).
+    (Apache-2.0): signature, defaults, checks, where biases are added.
 Changed: 2026-11-22
 SPDX-License-Identifier: Apache-2.0
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import TransformerEngineBaseModule, refuse, resolve_device
+from .base import TransformerEngineBaseModule, refuse
 from .checkpoint import checkpoint
+from .masks import Masks, Window, bottom_right, check_window, full_mask
 from .quantizers import QuantizerRole
 
-__all__ = ["DotProductAttention", "RotaryPositionEmbedding", "apply_rotary_pos_emb"]
+__all__ = ["DotProductAttention"]
 
-MASK_TYPES = (
-    "no_mask",
-    "padding",
-    "causal",
-    "padding_causal",
-    "causal_bottom_right",
-    "padding_causal_bottom_right",
-    "arbitrary",
-)
 _BIAS_TYPES = ("pre_scale_bias", "post_scale_bias", "no_bias", "alibi")
-Masks = Tensor | tuple[Tensor, Tensor] | None
-Window = tuple[int, int]
-
-
-def check_window(mask_type: str, window: Window | None) -> Window:
-    """Return the window that goes with a mask type.
-
-    Args:
-        mask_type: one of ``MASK_TYPES``.
-        window: keys to the left and right of a query's own, -1 for all; or None.
-
-    Raises:
-        ValueError: another mask type, or a window that it cannot have.
-    """
-    if mask_type not in MASK_TYPES:
-        raise ValueError(
-            f"attn_mask_type {mask_type!r} is not supported. Supported types are: "
-            + ", ".join(repr(t) for t in MASK_TYPES)
-        )
-    causal = "causal" in mask_type
-    free, given = (-1, 0 if causal else -1), window
-    if window is None:
-        return free
-    allowed = "(-1, 0) or (>=0, 0)" if causal else "(-1, -1) or (>=0, >=0)"
-    words = f"window_size should be {allowed} for attn_mask_type={mask_type}"
-    if causal and (window == (-1, -1) or (window[0] >= 0 and window[1] != 0)):
-        warnings.warn(words, stacklevel=3)
-        return (window[0], 0)
-    if not causal and window == (-1, 0):
-        warnings.warn(words, stacklevel=3)
-        return free
-    if given != free and (
-        window[0] < 0 or (window[1] != 0 if causal else window[1] < 0)
-    ):
-        raise ValueError(f"{words}, it is {window}")
-    return window
-
-
-def bottom_right(mask_type: str, chosen: bool | None) -> bool:
-    """Say whether the diagonal of a mask or window ends at the bottom right corner."""
-    if mask_type in {"causal", "padding_causal"}:
-        return False
-    return chosen is None or chosen or mask_type.endswith("bottom_right")
-
-
-def full_mask(
-    queries: int,
-    keys: int,
-    mask_type: str,
-    mask: Masks,
-    window: Window,
-    bottom: bool,
-    device: torch.device,
-) -> Tensor | None:
-    """Return which keys a query does not see, or None if it sees all.
-
-    Args:
-        queries: length of the query sequence.
-        keys: length of the key sequence.
-        mask_type: one of ``MASK_TYPES``.
-        mask: bool, True where masked: [batch, 1, 1, keys] for padding, a pair of them
-            (queries, keys) for cross attention, broadcastable to
-            [batch, heads, queries, keys] if ``"arbitrary"``.
-        window: see :func:`check_window`.
-        bottom: align the diagonal to the bottom right corner.
-        device: of the result.
-
-    Returns:
-        bool, broadcastable to [batch, heads, queries, keys].
-
-    Raises:
-        ValueError: padding or arbitrary without a mask.
-        TypeError: a mask that is not bool.
-    """
-    masked: Tensor | None = None
-    shift: Tensor | int = keys - queries if bottom else 0
-    if "padding" in mask_type or mask_type == "arbitrary":
-        if mask is None:
-            raise ValueError(f"attn_mask_type={mask_type!r} needs an attention_mask")
-        parts = mask if isinstance(mask, tuple) else (mask,)
-        for part in parts:
-            if part.dtype != torch.bool:
-                raise TypeError(
-                    f"Attention mask must be in boolean type! It is {part.dtype}."
-                )
-        masked = parts[0]
-        if "padding" in mask_type:
-            of_queries, of_keys = parts[0], parts[-1]
-            masked = of_queries.squeeze(1).unsqueeze(3) | of_keys
-            if bottom:
-                seen = ~masked
-                lengths = seen[:, 0, 0, :].sum(1) - seen[:, 0, :, 0].sum(1)
-                shift = lengths.view(-1, 1, 1, 1)
-    if window != (-1, -1):
-        left = keys if window[0] == -1 else window[0]
-        right = queries if window[1] == -1 else window[1]
-        row = torch.arange(queries, device=device).view(1, 1, -1, 1) + shift
-        distance = row - torch.arange(keys, device=device)
-        outside = (distance > left) | (distance < -right)
-        masked = outside if masked is None else masked | outside
-    return masked
 
 
 class DotProductAttention(TransformerEngineBaseModule):
@@ -493,105 +382,3 @@ def _bias(
     if bias is None:
         raise ValueError("core_attention_bias should not be None!")
     return (bias * scale if kind == "pre_scale_bias" else bias).to(dtype)
-
-
-# ---------------------------------------------------------------- rotary embedding
-
-
-class RotaryPositionEmbedding(nn.Module):
-    """Angles by which pairs of channels are turned: position over ``base**(2i / dim)``.
-
-    Args:
-        dim: channels of a head.
-        rotary_percent: part of them that is turned.
-        seq_len_interpolation_factor: divide positions by it.
-        pretrained_max_position_embeddings: with the factor: the length trained for.
-        rotary_base: the base.
-        interleaved: pair neighbors, not the two halves.
-
-    Example:
-        >>> RotaryPositionEmbedding(4)(max_seq_len=8).shape
-        torch.Size([8, 1, 1, 4])
-    """
-
-    inv_freq: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        rotary_percent: float = 1.0,
-        seq_len_interpolation_factor: int | None = None,
-        pretrained_max_position_embeddings: int | None = None,
-        rotary_base: float = 10000.0,
-        interleaved: bool = False,
-    ) -> None:
-        """Compute the frequencies."""
-        super().__init__()
-        if rotary_percent < 1.0:
-            dim = int(dim * rotary_percent)
-        self.seq_len_interpolation_factor = seq_len_interpolation_factor
-        self.pretrained_max_position_embeddings = pretrained_max_position_embeddings
-        self.rotary_base = rotary_base
-        self.interleaved = interleaved
-        where = resolve_device("cuda")
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=where) / dim
-        self.register_buffer("inv_freq", 1.0 / rotary_base**exponent)
-
-    def forward(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        """Return the angles of ``max_seq_len`` positions from ``offset``.
-
-        Returns:
-            float32, [max_seq_len, 1, 1, dim].
-        """
-        with torch.autocast(self.inv_freq.device.type, enabled=False):
-            kwargs: dict[str, Any] = {"device": self.inv_freq.device}
-            position = torch.arange(max_seq_len, dtype=self.inv_freq.dtype, **kwargs)
-            position = position + offset
-            trained = self.pretrained_max_position_embeddings
-            factor = self.seq_len_interpolation_factor
-            if trained is not None and factor is not None:
-                longer = max_seq_len > trained * factor
-                position *= 1 / (max_seq_len / trained if longer else factor)
-            angles = torch.outer(position, self.inv_freq)
-        if self.interleaved:
-            both = angles.repeat_interleave(2, dim=-1)
-        else:
-            both = torch.cat((angles, angles), dim=-1)
-        return both[:, None, None, :]
-
-
-def apply_rotary_pos_emb(
-    t: Tensor, freqs: Tensor, tensor_format: str = "sbhd", interleaved: bool = False
-) -> Tensor:
-    """Turn pairs of channels by the angles of their position, in float32.
-
-    Args:
-        t: [s, b, h, d] or [b, s, h, d].
-        freqs: float32, [s2, 1, 1, d2] with ``s2 >= s`` and ``d2 <= d``.
-        tensor_format: ``"sbhd"`` or ``"bshd"``.
-        interleaved: pair neighbors, not the two halves.
-
-    Returns:
-        The dtype and shape of ``t``.
-
-    Raises:
-        ValueError: fewer positions than ``t`` has.
-    """
-    length = t.shape[1 if tensor_format == "bshd" else 0]
-    if freqs.shape[0] < length:
-        raise ValueError(
-            f"Rotary Embeddings only supported up to {freqs.shape[0]} sequence length!"
-        )
-    angles = freqs[:length].float()
-    if tensor_format == "bshd":
-        angles = angles.transpose(0, 1)
-    with torch.autocast(t.device.type, enabled=False):
-        turned, rest = t[..., : angles.shape[-1]].float(), t[..., angles.shape[-1] :]
-        if interleaved:
-            even, odd = turned[..., ::2], turned[..., 1::2]
-            rotated = torch.stack((-odd, even), dim=-1).flatten(-2)
-        else:
-            first, second = turned.chunk(2, dim=-1)
-            rotated = torch.cat((-second, first), dim=-1)
-        result = (turned * angles.cos() + rotated * angles.sin()).to(t.dtype)
-    return torch.cat((result, rest), dim=-1)

@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import (
-    DotProductAttention,
-    Masks,
-    Window,
-    apply_rotary_pos_emb,
-    check_window,
-)
+from .attention import DotProductAttention
 from .base import InitMethod, refuse
 from .layernorm_linear import LayerNormLinear
 from .linear import Linear
+from .masks import Masks, Window, check_window
 from .norms import LayerNorm, RMSNorm
+from .rotary import apply_rotary_pos_emb
 
 __all__ = ["MultiheadAttention"]
 

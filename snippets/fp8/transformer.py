@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Masks, Window
 from .base import InitMethod, TransformerEngineBaseModule, refuse
 from .layernorm_mlp import LayerNormMLP
+from .masks import Masks, Window
 from .multi_head_attention import MultiheadAttention
 from .norms import LayerNorm, RMSNorm
 
