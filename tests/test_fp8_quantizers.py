@@ -117,6 +117,19 @@ def test_amax_grows_within_a_region_and_ignores_nan() -> None:
     assert (state.amax_history[1:] == 0).all()
 
 
+def test_calibration_overwrites_what_was_recorded() -> None:
+    """As Transformer Engine's: the last call counts, and a NaN is recorded."""
+    state = DelayedScalingState(te.DelayedScaling(), True, 1, torch.device("cpu"))
+    quantizer = state.quantizers(E4M3)[0]
+    for value, expected in ((3.0, 3.0), (-2.0, 2.0)):
+        quantizer.calibrate(torch.tensor([[value, 0.5]]))
+        assert state.amax_history[0].tolist() == [expected]
+    quantizer.calibrate(torch.empty(0, 2))
+    assert state.amax_history[0].tolist() == [2.0]
+    quantizer.calibrate(torch.tensor([[float("nan"), 1.0]]))
+    assert state.amax_history[0].isnan().all()
+
+
 def test_a_history_is_cut_or_padded_at_its_end() -> None:
     """Row 0 is the newest in both."""
     recipe = te.DelayedScaling(amax_history_len=4)

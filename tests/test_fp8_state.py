@@ -318,7 +318,10 @@ class Theirs:
         if manager.is_fp8_enabled():
             manager.add_fp8_tensors_to_global_buffer(meta)
         history = meta["scaling_fwd"].amax_history[0]
-        history.copy_(torch.maximum(history, torch.tensor([x, weight, 0])))
+        if manager.is_fp8_enabled():
+            history.copy_(torch.maximum(history, torch.tensor([x, weight, 0])))
+        else:  # Float8Quantizer.calibrate writes over what was there
+            history[:2] = torch.tensor([x, weight])
         if manager.is_fp8_enabled() and torch.is_grad_enabled():
             self.tape.append((number, gradient, manager.is_first_fp8_module()))
 

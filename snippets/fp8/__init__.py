@@ -11,6 +11,7 @@ Copy this folder into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+import difflib
 from typing import Never
 
 from .attention import DotProductAttention
@@ -142,7 +143,9 @@ def __getattr__(name: str) -> Never:
     Raises:
         AttributeError: always.
     """
+    near = difflib.get_close_matches(name, __all__, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise AttributeError(
-        f"{__name__} has no {name!r}: either Transformer Engine has it and it is not "
-        f"emulated, or it is misspelt. Here are: {', '.join(__all__)}."
+        f"{__name__} has no {name!r}: if Transformer Engine has it, it is not emulated."
+        f"{hint}"
     )

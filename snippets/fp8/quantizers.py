@@ -186,12 +186,15 @@ class Float8Quantizer(_OneScale):
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Record amax, then scale by the scale of earlier steps and round."""
-        self.calibrate(x)
+        amax = compute_amax(x).reshape_as(self.amax)
+        self.amax.copy_(torch.maximum(self.amax, amax))
         return self._pack(x, self.dtype, self.scale.reshape(()), rowwise, columnwise)
 
     def calibrate(self, x: Tensor) -> None:
-        """Record the amax of ``x``; several calls in one region keep the largest."""
-        self.amax.copy_(torch.maximum(self.amax, compute_amax(x).reshape_as(self.amax)))
+        """Record the amax of ``x`` instead of what was recorded; NaN makes it NaN."""
+        if x.numel():
+            low, high = torch.aminmax(x)
+            self.amax.copy_(torch.maximum(-low, high).reshape_as(self.amax))
 
 
 class Float8CurrentScalingQuantizer(_OneScale):
