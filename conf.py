@@ -25,6 +25,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 highlight_language = "none"  # a block says what it is
 nitpicky = True
+default_role = "any"  # `one backtick` where RST wants two is an unknown reference
 
 # Sphinx's own default adds IGNORE_EXCEPTION_DETAIL, which accepts any error message.
 doctest_default_flags = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1

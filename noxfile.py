@@ -99,7 +99,7 @@ def lint(session: nox.Session) -> None:
         ["ruff", "check", *(["--fix"] if fix else [])],
         ["ruff", "format", *([] if fix else ["--check"])],
         ["codespell"],
-        ["sphinx-lint", "--enable=default-role", "source"],
+        ["sphinx-lint", "source"],
         ["check-jsonschema", f"{schema}.github-workflows", *workflows],
         ["check-jsonschema", f"{schema}.readthedocs", ".readthedocs.yaml"],
         ["pre-commit", "validate-config"],
