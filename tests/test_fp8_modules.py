@@ -673,3 +673,29 @@ def test_a_module_that_saves_nothing_is_recomputed_too(reentrant: bool) -> None:
     assert len(aside._stash) == 1
     backward(out)
     assert not aside._stash
+
+
+def test_recomputations_take_their_scales_in_the_order_of_the_forwards() -> None:
+    """As a pipeline does: two forwards, then their backwards, the earlier first."""
+    recipe = te.DelayedScaling(amax_history_len=4)
+
+    def gradients(*, recompute: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = te.Linear(32, 32)
+        inputs = [torch.randn(16, 32) * size for size in (1.0, 100.0, 0.1)]
+        outputs = []
+        for x in inputs:
+            with te.autocast(recipe=recipe):
+                x.requires_grad_()
+                y = te.checkpoint(layer, x) if recompute else layer(x)
+            outputs.append(y)
+        for y in outputs:
+            torch.autograd.backward(y.square().sum())
+        found = [x.grad for x in inputs]
+        assert layer.weight.grad is not None
+        return [g for g in found if g is not None] + [layer.weight.grad]
+
+    kept, recomputed = gradients(recompute=False), gradients(recompute=True)
+
+    assert len(kept) == 4
+    assert all(map(torch.equal, kept, recomputed))
