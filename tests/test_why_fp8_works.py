@@ -1,0 +1,167 @@
+"""The laws that background/why_fp8_works states, and the record that it draws."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import fp8_training
+from snippets import fp8
+
+FORMATS = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
+SCALED = ("delayed", "current", "blockwise", "MXFP8")
+
+
+def in_fp8(x: Tensor, name: str) -> Tensor:
+    """Return ``x`` quantized by its own amax and back."""
+    largest = torch.finfo(FORMATS[name]).max
+    scale = fp8.compute_current_scale(x.abs().amax(), largest)
+    return fp8.dequantize(*fp8.quantize_tensor(x, name, scale))
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    """Return what the benchmark recorded."""
+    text = fp8_training.RECORD.read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+# The laws
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scaled_fp8_is_off_by_at_most_half_a_step(name: str) -> None:
+    """``|fl(x) - x| <= 2^-(p+1) |x|`` in the normal range, and ties reach it."""
+    info = torch.finfo(FORMATS[name])
+    p = -round(math.log2(info.eps))
+    low = math.log2(info.smallest_normal)
+    powers = torch.empty(500_000).uniform_(low, math.log2(info.max))
+    x = torch.exp2(powers).clamp(info.smallest_normal, info.max)
+    codes, inv_scale = fp8.quantize_tensor(x, name, 1.0)
+    error = (fp8.dequantize(codes, inv_scale) - x).abs() / x
+
+    assert error.max() <= 2.0 ** -(p + 1)
+    tie = torch.tensor([1 + 2.0 ** -(p + 1)])
+    assert abs(fp8.quantize_tensor(tie, name, 1.0)[0].float() - tie) == 2.0 ** -(p + 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_errors_of_a_product_add_like_random_numbers(name: str) -> None:
+    """Sums of random signs are off by ``sqrt(2) sigma sqrt(sum x^2 w^2)``.
+
+    Sums of one row share its errors, so the mean square over n rows has a relative
+    deviation of ``sqrt(2 / n)`` at most, of which three are allowed; ``sigma^2 / 2`` is
+    the product of both errors, which the law leaves out.
+    """
+    torch.manual_seed(0)
+    rows, terms = 128, 1024
+    x, w = torch.randn(rows, terms), torch.randn(rows, terms)
+    qx, qw = in_fp8(x, name), in_fp8(w, name)
+    sigma = ((qx - x).norm() / x.norm()).item()
+    error = (qx.double() @ qw.double().T - x.double() @ w.double().T).square()
+    law = 2 * sigma**2 * (x.double().square() @ w.double().square().T)
+    ratio = (error.sum() / law.sum()).item()
+
+    assert abs(ratio - 1) <= 3 * math.sqrt(2 / rows) + sigma**2 / 2
+
+
+def test_of_one_sign_a_bias_is_left_and_e4m3_has_the_smaller() -> None:
+    """Magnitudes are rounded down a little more often: their density falls."""
+    torch.manual_seed(0)
+    x = torch.randn(1_000_000).abs()
+    bias = {name: ((in_fp8(x, name) - x).mean() / x.mean()).item() for name in FORMATS}
+
+    assert -(2**-10) < bias["E4M3"] < 0
+    assert -(2**-8) < bias["E5M2"] < 2 * bias["E4M3"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_scale_is_enough_down_to_the_smallest_normal_number(name: str) -> None:
+    """Beside an outlier precision holds for ``|x| >= amax xmin / xmax``, not below."""
+    info = torch.finfo(FORMATS[name])
+    p = -round(math.log2(info.eps))
+    bound = info.smallest_normal / info.max
+    near = torch.linspace(1.001, 1.999, 1000) * bound
+    x = torch.cat([torch.ones(1), near, near / 2**p])
+    error = ((in_fp8(x, name) - x).abs() / x)[1:]
+
+    # The scale, its inverse and both products are rounded to float32, too.
+    assert error[:1000].max() <= 2.0 ** -(p + 1) + 2.0**-21
+    assert error[1000:].max() > 2 * 2.0 ** -(p + 1)
+
+
+def test_an_update_below_half_a_step_is_lost_in_e4m3() -> None:
+    """A weight in E4M3 is moved by more than half of its step, and by nothing less."""
+    codes = torch.arange(0x09, 0x7E, dtype=torch.uint8)  # normal, and a step above it
+    w = codes.view(torch.float8_e4m3fn).float()
+    step = torch.exp2(torch.frexp(w)[1] - 4)  # 2^(floor(log2 w) - p), p = 3
+    for fraction, moves in ((0.49, False), (0.51, True)):
+        moved = fp8.quantize_tensor(w + fraction * step, "E4M3", 1.0)[0].float() != w
+
+        assert bool(moved.all()) is moves
+        assert bool(moved.any()) is moves
+
+
+def test_two_dimensional_blocks_make_one_weight_for_both_passes() -> None:
+    """16 x 16 blocks of the transpose hold the same numbers; rows of 16 do not."""
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def both(two_d: bool) -> tuple[Tensor, Tensor]:
+        forward = fp8.dequantize(*fp8.quantize_nvfp4(w, two_d=two_d))
+        backward = fp8.dequantize(*fp8.quantize_nvfp4(w.T.contiguous(), two_d=two_d))
+        return forward, backward.T
+
+    assert torch.equal(*both(two_d=True))
+    assert not torch.equal(*both(two_d=False))
+
+
+# The record
+
+
+def test_the_benchmark_still_trains_as_recorded(record: dict[str, Any]) -> None:
+    """The first losses of two runs, within what BF16 leaves to the order of sums."""
+    for name in ("FP32", "current"):
+        losses, _ = fp8_training.train(fp8_training.runs()[name], 0, 4)
+        for loss, recorded in zip(losses, record["runs"][name]["first"], strict=False):
+            assert abs(loss / recorded - 1) < 2**-8
+
+
+def test_the_record_is_complete(record: dict[str, Any]) -> None:
+    """Each run that the benchmark makes, with curves as long as their axis."""
+    assert list(record["runs"]) == list(fp8_training.runs())
+    for run in record["runs"].values():
+        assert {len(curve) for curve in run["seeds"]} == {len(record["steps"])}
+        assert len(run["more"]) == len(record["steps"])
+        assert len(run["first"]) == fp8_training.FIRST
+
+
+def test_a_recorder_changes_nothing_and_counts_all() -> None:
+    """Each number that is not zero is in the bin of its power of two."""
+    counts = torch.zeros(4, dtype=torch.long)
+    x = torch.tensor([[0.0, 1.0, 1.9, -2.0, 1e-9, 1e9]])
+    out = fp8_training.Recorder(counts, -1).quantize(x)
+
+    assert torch.equal(out.dequantize(), x)
+    assert counts.tolist() == [1, 2, 1, 1]
+
+
+def test_adding_a_run_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any]
+) -> None:
+    """In the order of the benchmark, compared with FP32 seed by seed."""
+    monkeypatch.setattr(fp8_training, "RECORD", tmp_path / "record.json")
+    made = copy.deepcopy(record["runs"])
+    wanted = list(made["current"]["percent"])
+    fp8_training.add({"current": made["current"]}, {})
+    found = fp8_training.add({"FP32": made["FP32"]}, {"outliers": {"powers": [0]}})
+
+    assert list(found["runs"]) == ["FP32", "current"]
+    assert found["runs"]["FP32"]["percent"] == [0.0, 0.0, 0.0]
+    assert found["runs"]["current"]["percent"] == wanted
+    assert json.loads((tmp_path / "record.json").read_text()) == found
