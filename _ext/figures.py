@@ -56,7 +56,7 @@ KINDS = ("lines", "steps", "ticks")
 # The page and the plot in it, in the units of the drawing: the style sheet makes the
 # letters larger on a phone, where a unit is half as long, and they must still fit.
 WIDTH, HEIGHT = 640, 372
-LEFT, RIGHT, TOP, BOTTOM = 86, 14, 44, 76
+LEFT, RIGHT, TOP, BOTTOM = 86, 34, 44, 76
 PLOT = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
 SPAN = 30  # the height of a marked part of the axis
 DASHES = ("", "9 4", "2 3", "12 3 2 3", "5 2", "1 5", "14 5", "7 2 2 2 2 2")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from snippets import fp8 as te
-from snippets.fp8.quantizers import Quantized
+from snippets.fp8.quantized import Quantized
 
 SEEDS = (0, 1, 2)
 SEEDS_FP4 = (0, 1)
@@ -178,7 +178,7 @@ def train(run: Run, seed: int, steps: int = STEPS) -> tuple[list[float], CharLM]
     losses = []
     for _, letters in zip(range(steps), batches(generator), strict=False):
         loss = loss_of(model, letters, run)
-        (loss * run.loss_scale).backward()
+        torch.autograd.backward(loss * run.loss_scale)
         for weight in model.parameters():
             assert weight.grad is not None
             weight.grad /= run.loss_scale
@@ -264,7 +264,8 @@ def magnitudes(model: nn.Module, low: int = -40, high: int = 8) -> dict[str, Any
         return Recorder(counts.get(role.tensor_type, unused), low)
 
     letters = next(batches(torch.Generator().manual_seed(99)))
-    loss_of(model, letters, Run(te.CustomRecipe(qfactory=watch))).backward()
+    watched = Run(te.CustomRecipe(qfactory=watch))
+    torch.autograd.backward(loss_of(model, letters, watched))
     record: dict[str, Any] = {"edges": list(range(low, high + 1))}
     for kind, name in kinds.items():
         part = 100 * counts[kind].double() / counts[kind].sum()
@@ -325,7 +326,7 @@ def gradients(trained: nn.Module, letters: list[Tensor], run: Run) -> Gradients:
     found: Gradients = []
     for piece in (*letters[:2], *letters):  # delayed scaling learns its scales of two
         loss = loss_of(model, piece, run)
-        (loss * run.loss_scale).backward()
+        torch.autograd.backward(loss * run.loss_scale)
         flat = [
             w.grad.flatten() / run.loss_scale for w in weights if w.grad is not None
         ]

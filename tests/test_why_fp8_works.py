@@ -121,6 +121,30 @@ def test_two_dimensional_blocks_make_one_weight_for_both_passes() -> None:
     assert not torch.equal(*both(two_d=False))
 
 
+def test_what_no_average_removes_was_cut_off() -> None:
+    """The mean of n draws is as far off as ``1/sqrt(n)`` says, but for what exceeds 6.
+
+    What a block's rounded scale takes beyond the largest code is cut off in each draw.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 512, generator=generator)
+    draws = 256
+    total = torch.zeros_like(x)
+    for n in range(draws):
+        made = fp8.quantize_nvfp4(x, stochastic=True, generator=generator)
+        total += fp8.dequantize(*made)
+        if n == 0:
+            first = total - x
+            _, scale, amax = made
+    error = total / draws - x
+    codes = x.view(32, -1, 16) / (scale.float() * amax / 2688)[..., None]
+    cut = codes.view(x.shape).abs() > 6
+
+    root = (error[~cut].norm() / first[~cut].norm()).item() * math.sqrt(draws)
+    assert abs(root - 1) < 0.05  # 5 / sqrt of the elements, and 1/256 of random bits
+    assert error[cut].norm() > error[~cut].norm()
+
+
 # The record
 
 
