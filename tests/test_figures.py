@@ -212,6 +212,7 @@ def test_a_logarithmic_axis_is_linear_in_the_logarithm(build: Build) -> None:
     axis = Axis(1, 100, log=True)
 
     assert [axis.place(v) for v in (1, 10, 100)] == [0, 0.5, 1]
+    assert [Axis(-2, 6).place(v) for v in (-2, 0, 6)] == [0, 0.25, 1]
     assert ticks_of(Axis(1, 10_000, log=True)) == [1, 10, 100, 1000, 10_000]
     soup, warnings = build(
         TITLE, LABEL, X, ":log: y", ":y-range: 0.1 10", "", "a = runs/a <b>/loss"
