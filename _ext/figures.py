@@ -105,8 +105,7 @@ def ticks_of(axis: Axis) -> list[float]:
 
 
 def _within(values: Sequence[float], axis: Axis) -> list[float]:
-    slack = 1e-9 * (axis.high - axis.low)
-    return [v for v in values if axis.low - slack <= v <= axis.high + slack]
+    return [v for v in values if -1e-9 <= axis.place(v) <= 1 + 1e-9]
 
 
 def _said(value: float) -> str:

@@ -299,3 +299,11 @@ def test_a_flat_line_is_drawn(build: Build) -> None:
 
     assert not warnings
     assert len({y for _, y in points(soup)[0]}) == 1
+
+
+def test_no_tick_stands_left_of_an_axis_by_factors() -> None:
+    """However far the ends are apart, what counts is the place, not the number."""
+    ticks = ticks_of(Axis(3e-9, 1e3, log=True))
+
+    assert min(ticks) > 3e-9
+    assert all(0 <= Axis(3e-9, 1e3, log=True).place(tick) <= 1 for tick in ticks)
