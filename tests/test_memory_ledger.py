@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -611,7 +611,17 @@ def test_a_storage_that_grows_counts_at_its_new_size() -> None:
 # Oracles: the allocator, PyTorch's own tracker, the graph itself, fake tensors.
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Each thread of an operation may take memory of its own inside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @each_model
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.filterwarnings("ignore:.*profiler:UserWarning")
 def test_totals_are_the_allocators_to_the_byte(
