@@ -1,11 +1,6 @@
 """Tests of snippets/fp8/linear_function.py: each product from its quantized parts."""
 
-import contextlib
-import importlib
-import io
 import itertools
-import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +10,7 @@ from torch import Tensor
 
 from snippets import fp8 as te
 from snippets.fp8.base import TransformerEngineBaseModule
+from tests.quiet import quiet_import
 
 # In NVFP4 the operands of wgrad pass a Hadamard transform, which takes bfloat16 only.
 RECIPES: dict[str, Callable[..., te.Recipe]] = {
@@ -420,17 +416,3 @@ def test_a_layer_is_close_to_torchao_s_emulated_one() -> None:
     for key, value in expected.items():
         assert (found[key] == value).float().mean() > 0.99, key
         assert (found[key] - value).float().norm() < 2**-9 * value.float().norm(), key
-
-
-def quiet_import(name: str) -> Any:  # noqa: ANN401 - a module
-    """Import a module that talks and warns on the way."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    finally:
-        logging.disable(logging.NOTSET)

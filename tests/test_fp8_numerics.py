@@ -7,11 +7,8 @@ again, one element at a time.
 SPDX-License-Identifier: Apache-2.0
 """
 
-import importlib
-import logging
 import math
 import struct
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from types import ModuleType, SimpleNamespace
@@ -46,6 +43,7 @@ from snippets.fp8.numerics import (
     update_delayed_scaling,
 )
 from tests import te_source
+from tests.quiet import quiet_import
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = (E4M3, E5M2)
@@ -626,7 +624,7 @@ def test_mx_scales_are_rounded_up(dtype: torch.dtype) -> None:
 def test_mxfp8_equals_torchao(name: str, dtype: torch.dtype, rounding: str) -> None:
     """RCEIL is Transformer Engine's rule, FLOOR that of the OCP specification."""
     x = TENSORS[name]
-    mx = torchao_mx()
+    mx = quiet_import("torchao.prototype.mx_formats.mx_tensor")
     modes = mx.ScaleCalculationMode
     mode = modes.RCEIL if rounding == "up" else modes.FLOOR
     scale, codes = mx.to_mx(x, dtype, 32, mode)
@@ -634,18 +632,6 @@ def test_mxfp8_equals_torchao(name: str, dtype: torch.dtype, rounding: str) -> N
     assert torch.equal(ours[1].view(torch.uint8), scale.view(torch.uint8))
     if name not in {"subnormal", "tiny"}:  # torchao lets the smallest scale be 2**-126
         assert same(ours[0], codes.view(x.shape))
-
-
-def torchao_mx() -> ModuleType:
-    """Return torchao's module of MX formats, imported without its talk."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
-    finally:
-        logging.disable(level)
 
 
 def test_mx_directions_agree_with_each_other() -> None:

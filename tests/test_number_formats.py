@@ -6,14 +6,10 @@ in the table of values, fractions, the FP8 emulator's numerics, and torchao.
 SPDX-License-Identifier: Apache-2.0
 """
 
-import importlib
 import itertools
-import logging
 import math
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -40,6 +36,7 @@ from snippets.number_formats import (
     table,
     ulp,
 )
+from tests.quiet import quiet_import
 
 INF, NAN = math.inf, math.nan
 F64 = torch.float64
@@ -579,22 +576,10 @@ def test_nvfp4_scales_at_ties_equal_the_emulators() -> None:
         assert torch.equal(values, decode_fp4(codes).double())
 
 
-def torchao_mx() -> ModuleType:
-    """Return torchao's module of MX formats, imported without its talk."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
-    finally:
-        logging.disable(level)
-
-
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"])
 def test_mx_equals_torchao(name: str) -> None:
     """Its FLOOR is the specification's rule."""
-    mx, x = torchao_mx(), draws(4)[4:]
+    mx, x = quiet_import("torchao.prototype.mx_formats.mx_tensor"), draws(4)[4:]
     element = BLOCK_FORMATS[name].element.name
     dtype = getattr(torch, element, torch.float4_e2m1fn_x2)
     scales, codes = mx.to_mx(x, dtype, 32, mx.ScaleCalculationMode.FLOOR)

@@ -484,7 +484,7 @@ class TransformerEngineBaseModule(nn.Module):
         recipe = loaded["recipe"]
         num_gemms = loaded["scale_fwd"].numel() // 3
         mine = self.fp8_meta.get("num_gemms", num_gemms)
-        if num_gemms in {0} or num_gemms != mine:
+        if num_gemms < 1 or num_gemms != mine:
             raise ValueError(
                 f"the saved state has scales for {num_gemms} matrix products, "
                 f"{type(self).__name__} has {mine}"

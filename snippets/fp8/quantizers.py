@@ -87,7 +87,6 @@ class Quantizer:
     """Turns [rows, columns] tensors of high precision into :class:`Quantized` ones."""
 
     compatible_recipe: ClassVar[type[Recipe] | None] = None
-    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows and columns must divide by it
 
     def __init__(self, *, rowwise: bool = True, columnwise: bool = True) -> None:
         """Choose the directions that a call makes by default."""
@@ -315,7 +314,6 @@ class MXFP8Quantizer(Quantizer):
     """E8M0 scales, one for 32 elements along the summed axis (or for 32x32)."""
 
     compatible_recipe = MXFP8BlockScaling
-    tile = (32, 32)
 
     def __init__(
         self,
@@ -353,7 +351,6 @@ class NVFP4Quantizer(Quantizer):
     """E2M1 elements, E4M3 scales for 16 of them, one FP32 scale for the tensor."""
 
     compatible_recipe = NVFP4BlockScaling
-    tile = (16, 16)
 
     def __init__(
         self,
