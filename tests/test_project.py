@@ -39,11 +39,23 @@ def modules(snippet: Path) -> list[Path]:
     return [first, *(p for p in sorted(snippet.rglob("*.py")) if p != first)]
 
 
-def packages(snippet: Path) -> set[str]:
-    """Find what a snippet imports, itself and the standard library left out."""
+def packages(snippet: Path, *, optional: bool = False) -> set[str]:
+    """Find what a snippet imports, itself and the standard library left out.
+
+    What only a function or method imports is optional: the copy works without it.
+    """
     names = set()
     for module in modules(snippet):
-        for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+        tree = ast.parse(module.read_text("utf-8"))
+        inner = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            if (id(node) in inner) != optional:
+                continue
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -93,27 +105,48 @@ def test_there_is_something_to_keep() -> None:
     assert len(SERVICES) == 3
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda p: p.stem)
-def test_snippet_has_one_page_and_one_test_of_its_name(snippet: Path) -> None:
-    """snippets/X, a page X in guide/ or background/, and tests/test_X.py."""
-    own = [docname(p) for p in PAGES if p.stem == snippet.stem]
+def own_page(snippet: Path) -> str:
+    """Read from a snippet's header which page is about it: ``guide/true_half``."""
+    found = re.search(r"(?m)^ +Guide: +(\S+)$", modules(snippet)[0].read_text("utf-8"))
+    assert found, f"{snippet.name} names no page"
+    return found[1]
 
-    assert own in ([f"guide/{snippet.stem}"], [f"background/{snippet.stem}"])
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda p: p.stem)
+def test_snippet_has_one_page_and_one_test(snippet: Path) -> None:
+    """snippets/X, the page of its ``Guide:`` line, and tests/test_X.py.
+
+    The page has the snippet's name, or the task's where that says more, and shows the
+    code. A page of the snippet's name is no other's.
+    """
+    page = own_page(snippet)
+    named = [docname(p) for p in PAGES if p.stem == snippet.stem]
+
+    assert re.fullmatch(r"(guide|background)/\w+", page)
+    assert named in ([], [page])
+    text = (SOURCE / f"{page}.md").read_text("utf-8")
+    shown = {str(module.relative_to(ROOT)) for module in modules(snippet)}
+    assert shown & set(re.findall(r"{literalinclude} \.\./\.\./(\S+)", text))
     assert (ROOT / f"tests/test_{snippet.stem}.py").is_file()
     assert re.fullmatch(r"[a-z_]+|fp8", snippet.stem)
 
 
 def test_every_guide_has_its_snippet() -> None:
-    """A how-to page gives a file to copy; other pages are background/ or start/."""
-    guides = {p.stem for p in PAGES if p.parent.name == "guide"} - {"index"}
+    """A how-to page gives a file to copy; other pages are background/ or start/.
 
-    assert guides <= {snippet.stem for snippet in SNIPPETS}
+    One guide is a path through the others and has no file.
+    """
+    guides = [docname(p) for p in PAGES if p.parent.name == "guide"]
+    owned = [page for page in map(own_page, SNIPPETS) if page.startswith("guide/")]
+
+    assert sorted(owned) == sorted(set(guides) - {"guide/debug_nan"})
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda p: p.stem)
 def test_snippet_stands_alone(snippet: Path, tmp_path: Path) -> None:
     """A copy in an empty folder imports, with nothing of this repository in reach."""
     assert packages(snippet) <= {"torch", "lightning"}
+    assert packages(snippet, optional=True) <= {"torch", "matplotlib", "pandas"}
     if snippet.is_dir():
         shutil.copytree(snippet, tmp_path / snippet.name)
     else:
@@ -164,7 +197,6 @@ def test_snippet_carries_its_papers(snippet: Path) -> None:
     assert found, text
     assert set(re.findall(r"``(\w+)``", found["needs"])) == packages(snippet)
     assert found["guide"] in {docname(page) for page in PAGES}
-    assert found["guide"].endswith(f"/{snippet.stem}")
     assert found["tests"] == f"tests/test_{snippet.stem}.py"
     assert re.search(r"\b(19|20)\d\d\b", found["sources"]), "a source has a year"
     datetime.date.fromisoformat(found["changed"])
