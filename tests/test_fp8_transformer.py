@@ -6,13 +6,15 @@ import inspect
 import itertools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from snippets import fp8 as te
 from snippets.fp8.activations import ACTIVATIONS, FUSED_BACKWARD, activate
@@ -972,20 +974,17 @@ REFUSED: list[tuple[type[Any], tuple[int, ...], dict[str, Any]]] = [
             (64, 64),
             {
                 "tp_size": 2,
-                "sequence_parallel": True,
-                "ub_overlap_ag": True,
-                "ub_name": "qkv",
                 "delay_wgrad_compute": True,
-                "symmetric_ar_type": "one_shot",
                 "get_rng_state_tracker": print,
                 "parallel_mode": "row",
             },
         ),
-        (te.LayerNormMLP, (64, 64), {"checkpoint": True, "tp_size": 2, "tp_group": 1}),
+        (te.LayerNormMLP, (64, 64), {"checkpoint": True, "tp_size": 2}),
         (
             te.DotProductAttention,
             (4, 16),
             {
+                "tp_size": 2,
                 "softcap": 30.0,
                 "softmax_type": "learnable",
                 "qkv_format": "thd",
@@ -993,16 +992,14 @@ REFUSED: list[tuple[type[Any], tuple[int, ...], dict[str, Any]]] = [
                 "return_max_logit": True,
             },
         ),
-        (te.MultiheadAttention, (64, 4), {"softcap": 1.0, "ub_bulk_dgrad": True}),
+        (te.MultiheadAttention, (64, 4), {"softcap": 1.0, "tp_size": 2}),
         (
             te.TransformerLayer,
             (64, 64, 4),
             {
                 "softcap": 1.0,
-                "ub_tp_comm_overlap": True,
-                "ub_overlap_rs": False,
+                "tp_size": 2,
                 "attn_input_format": "thd",
-                "sequence_parallel": True,
             },
         ),
     )
@@ -1017,6 +1014,74 @@ def test_what_is_not_emulated_is_refused(
     """With an error that says so."""
     with pytest.raises(NotImplementedError, match=r"not emulated|does not support"):
         kind(*sizes, **options)
+
+
+UB = {f"ub_{name}": True for name in ("overlap_ag", "overlap_rs", "overlap_rs_dgrad")}
+UB |= {"ub_bulk_dgrad": True, "ub_bulk_wgrad": True, "sequence_parallel": True}
+NAMED = UB | {"ub_name": "qkv", "symmetric_ar_type": "one_shot"}
+PARALLEL: list[tuple[type[Any], tuple[int, ...], dict[str, Any]]] = [
+    (te.Linear, (64, 64), NAMED | {"rng_tracker_name": "a"}),
+    (te.LayerNormLinear, (64, 64), NAMED),
+    (te.LayerNormMLP, (64, 64), UB | {"symmetric_ar_type": "one_shot"}),
+    (te.DotProductAttention, (4, 16), {"sequence_parallel": True}),
+    (te.MultiheadAttention, (64, 4), UB),
+    (te.TransformerLayer, (64, 64, 4), UB | {"ub_tp_comm_overlap": True}),
+]
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int], dist.ProcessGroup]]:
+    """Make this process one of several ranks, of which no others exist.
+
+    Yields:
+        a function that takes the number of ranks.
+    """
+
+    def start(size: int) -> dist.ProcessGroup:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options"), PARALLEL)
+@pytest.mark.parametrize("parallel", [{}, {"tp_size": 1}, {"tp_group": True}])
+def test_with_one_rank_options_of_parallelism_change_nothing(
+    kind: type[Any],
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+    parallel: dict[str, Any],
+    ranks: Callable[[int], dist.ProcessGroup],
+) -> None:
+    """Transformer Engine ignores them there, so the same bits come out."""
+    if "tp_group" in parallel:
+        parallel = {"tp_group": ranks(1), "tp_size": 8}  # the group has the size
+    x = torch.randn(16, 2, 64, dtype=torch.bfloat16)
+    inputs = [x] if kind is not te.DotProductAttention else [x.view(16, 2, 4, 16)] * 3
+    found = []
+    for given in ({}, options | parallel):
+        torch.manual_seed(0)
+        module = kind(*sizes, **given).to(torch.bfloat16)
+        with te.autocast(recipe=te.Float8CurrentScaling()):
+            found.append([module(*inputs)])
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options"), PARALLEL)
+def test_a_group_of_two_ranks_is_refused(
+    kind: type[Any],
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+    ranks: Callable[[int], dist.ProcessGroup],
+) -> None:
+    """Whatever is asked for beside it, and by its size."""
+    words = rf"{kind.__name__}\(tp_group=...\) of 2 ranks is not emulated"
+    with pytest.raises(NotImplementedError, match=words):
+        kind(*sizes, tp_group=ranks(2), **options)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import TransformerEngineBaseModule, refuse
+from .base import TransformerEngineBaseModule, refuse, refuse_parallel
 from .checkpoint import checkpoint
 from .masks import Masks, Window, bottom_right, check_window, full_mask
 from .quantizers import QuantizerRole
@@ -49,8 +49,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         attention_type: ``"self"`` or ``"cross"``.
         softmax_scale: default ``1 / sqrt(kv_channels)``.
         name: of the module.
-        softcap, sequence_parallel, tp_size, get_rng_state_tracker, tp_group, cp_*,
-            softmax_type, return_max_logit: only their defaults are emulated.
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel: with one rank it changes nothing, as in Transformer Engine.
+        softcap, get_rng_state_tracker, cp_*, softmax_type, return_max_logit: only their
+            defaults are emulated.
 
     Raises:
         NotImplementedError: an option that is not emulated.
@@ -89,13 +91,11 @@ class DotProductAttention(TransformerEngineBaseModule):
             NotImplementedError: ``qkv_format="thd"``.
             ValueError: heads, groups or an attention type that cannot be.
         """
+        refuse_parallel("DotProductAttention", tp_size, tp_group)
         refuse(
             "DotProductAttention",
             softcap=(softcap, 0.0),
-            sequence_parallel=(sequence_parallel, False),
-            tp_size=(tp_size, 1),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            tp_group=(tp_group, None),
             cp_group=(cp_group, None),
             cp_global_ranks=(cp_global_ranks, None),
             cp_stream=(cp_stream, None),

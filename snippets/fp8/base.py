@@ -30,7 +30,12 @@ from .recipe import DelayedScaling, Recipe
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
-__all__ = ["TransformerEngineBaseModule", "refuse", "resolve_device"]
+__all__ = [
+    "TransformerEngineBaseModule",
+    "refuse",
+    "refuse_parallel",
+    "resolve_device",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 InitMethod = Callable[[Tensor], Any]
@@ -63,6 +68,34 @@ def refuse(module: str, **options: tuple[Any, Any]) -> None:
             raise NotImplementedError(
                 f"{module}({name}={value!r}) is not emulated; leave it at {default!r}."
             )
+
+
+def refuse_parallel(module: str, tp_size: int, tp_group: Any) -> None:
+    """Raise where the weights would be spread over ranks.
+
+    With one rank Transformer Engine ignores ``sequence_parallel``, ``ub_*`` and
+    ``symmetric_ar_type``, and so do the modules here. It takes the number of ranks from
+    the group, where there is one, and from ``tp_size`` where there is none.
+
+    Args:
+        module: the class that was given the options.
+        tp_size: ranks, if there is no group.
+        tp_group: their process group.
+
+    Raises:
+        NotImplementedError: names the option that asks for more than one.
+    """
+    if tp_group is None:
+        refuse(module, tp_size=(tp_size, 1))
+        return
+    ranks = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size(tp_group)
+    if ranks != 1:
+        raise NotImplementedError(
+            f"{module}(tp_group=...) of {ranks} ranks is not emulated; leave it at "
+            "None."
+        )
 
 
 class TransformerEngineBaseModule(nn.Module):

@@ -22,6 +22,7 @@ from .base import (
     TransformerEngineBaseModule,
     plain_weight,
     refuse,
+    refuse_parallel,
     resolve_device,
 )
 from .linear import normal_init, split_sizes, warn_unquantized, zero_init
@@ -93,8 +94,10 @@ class LayerNormLinear(TransformerEngineBaseModule):
         fuse_wgrad_accumulation: add weight gradients to ``weight.main_grad``.
         device: where parameters live; ``"cuda"`` is the CPU where there is no GPU.
         name: of the module, given to a ``CustomRecipe``.
-        sequence_parallel, tp_group, tp_size, get_rng_state_tracker, ub_*,
-            delay_wgrad_compute, symmetric_ar_type: only their defaults are emulated.
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel, ub_*, symmetric_ar_type: with one rank they change nothing,
+            as in Transformer Engine.
+        get_rng_state_tracker, delay_wgrad_compute: only their defaults are emulated.
 
     Raises:
         NotImplementedError: an option that is not emulated, or ``"row"``.
@@ -142,20 +145,11 @@ class LayerNormLinear(TransformerEngineBaseModule):
             RuntimeError: quantized parameters cannot be split.
             ValueError: sizes below 1, or no such ``parallel_mode``.
         """
+        refuse_parallel("LayerNormLinear", tp_size, tp_group)
         refuse(
             "LayerNormLinear",
-            tp_size=(tp_size, 1),
-            tp_group=(tp_group, None),
-            sequence_parallel=(sequence_parallel, False),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            ub_overlap_ag=(ub_overlap_ag, False),
-            ub_overlap_rs=(ub_overlap_rs, False),
-            ub_overlap_rs_dgrad=(ub_overlap_rs_dgrad, False),
-            ub_bulk_wgrad=(ub_bulk_wgrad, False),
-            ub_bulk_dgrad=(ub_bulk_dgrad, False),
-            ub_name=(ub_name, None),
             delay_wgrad_compute=(delay_wgrad_compute, False),
-            symmetric_ar_type=(symmetric_ar_type, None),
         )
         if in_features < 1 or out_features < 1:
             raise ValueError(

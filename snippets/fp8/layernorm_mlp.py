@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, FUSED_BACKWARD, activate, check_activation
-from .base import InitMethod, TransformerEngineBaseModule, refuse, resolve_device
+from .base import (
+    InitMethod,
+    TransformerEngineBaseModule,
+    refuse,
+    refuse_parallel,
+    resolve_device,
+)
 from .layernorm_linear import add_norm_parameters
 from .linear import normal_init, warn_unquantized, zero_init
 from .linear_function import linear
@@ -62,8 +68,10 @@ class LayerNormMLP(TransformerEngineBaseModule):
         fuse_wgrad_accumulation: add weight gradients to ``main_grad`` of the weights.
         device: where parameters live; ``"cuda"`` is the CPU where there is no GPU.
         name: of the module, given to a ``CustomRecipe``.
-        sequence_parallel, tp_group, tp_size, get_rng_state_tracker, ub_*,
-            delay_wgrad_compute, symmetric_ar_type, checkpoint: only their defaults are
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel, ub_*, symmetric_ar_type: with one rank they change nothing,
+            as in Transformer Engine.
+        get_rng_state_tracker, delay_wgrad_compute, checkpoint: only their defaults are
             emulated (:func:`checkpoint` recomputes a whole module).
 
     Raises:
@@ -119,19 +127,11 @@ class LayerNormMLP(TransformerEngineBaseModule):
         Raises:
             ValueError: sizes below 1.
         """
+        refuse_parallel("LayerNormMLP", tp_size, tp_group)
         refuse(
             "LayerNormMLP",
-            tp_size=(tp_size, 1),
-            tp_group=(tp_group, None),
-            sequence_parallel=(sequence_parallel, False),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            ub_overlap_ag=(ub_overlap_ag, False),
-            ub_overlap_rs=(ub_overlap_rs, False),
-            ub_overlap_rs_dgrad=(ub_overlap_rs_dgrad, False),
-            ub_bulk_dgrad=(ub_bulk_dgrad, False),
-            ub_bulk_wgrad=(ub_bulk_wgrad, False),
             delay_wgrad_compute=(delay_wgrad_compute, False),
-            symmetric_ar_type=(symmetric_ar_type, None),
             checkpoint=(checkpoint, False),
         )
         if hidden_size < 1 or ffn_hidden_size < 1:

@@ -23,6 +23,7 @@ from .base import (
     TransformerEngineBaseModule,
     plain_weight,
     refuse,
+    refuse_parallel,
     resolve_device,
 )
 from .linear_function import linear
@@ -90,9 +91,10 @@ class Linear(TransformerEngineBaseModule):
         save_original_input: keep the input, not its codes, for the backward.
         device: where parameters live; ``"cuda"`` is the CPU where there is no GPU.
         name: of the module, given to a ``CustomRecipe``.
-        sequence_parallel, tp_group, tp_size, get_rng_state_tracker, rng_tracker_name,
-            ub_*, delay_wgrad_compute, symmetric_ar_type: only their defaults are
-            emulated.
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel, ub_*, symmetric_ar_type: with one rank they change nothing,
+            as in Transformer Engine; nor does ``rng_tracker_name`` with no tracker.
+        get_rng_state_tracker, delay_wgrad_compute: only their defaults are emulated.
 
     Raises:
         NotImplementedError: an option that is not emulated.
@@ -136,21 +138,11 @@ class Linear(TransformerEngineBaseModule):
             RuntimeError: quantized parameters cannot be split.
             ValueError: sizes below 1, or no such ``parallel_mode``.
         """
+        refuse_parallel("Linear", tp_size, tp_group)
         refuse(
             "Linear",
-            tp_size=(tp_size, 1),
-            tp_group=(tp_group, None),
-            sequence_parallel=(sequence_parallel, False),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            rng_tracker_name=(rng_tracker_name, None),
-            ub_overlap_ag=(ub_overlap_ag, False),
-            ub_overlap_rs=(ub_overlap_rs, False),
-            ub_overlap_rs_dgrad=(ub_overlap_rs_dgrad, False),
-            ub_bulk_dgrad=(ub_bulk_dgrad, False),
-            ub_bulk_wgrad=(ub_bulk_wgrad, False),
-            ub_name=(ub_name, None),
             delay_wgrad_compute=(delay_wgrad_compute, False),
-            symmetric_ar_type=(symmetric_ar_type, None),
         )
         if in_features < 1 or out_features < 1:
             raise ValueError(

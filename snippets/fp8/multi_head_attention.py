@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import DotProductAttention
-from .base import InitMethod, refuse
+from .base import InitMethod, refuse, refuse_parallel
 from .layernorm_linear import LayerNormLinear
 from .linear import Linear
 from .masks import Masks, Window, check_window
@@ -84,8 +84,10 @@ class MultiheadAttention(nn.Module):
         qk_norm_eps: of that norm.
         qk_norm_before_rope: whether it comes before the rotary embedding.
         seq_length, micro_batch_size: for a warm-up that a CPU does not need.
-        softcap, tp_group, tp_size, get_rng_state_tracker, sequence_parallel, ub_*,
-            softmax_type: only their defaults are emulated.
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel, ub_*: with one rank they change nothing, as in Transformer
+            Engine.
+        softcap, get_rng_state_tracker, softmax_type: only their defaults are emulated.
 
     Raises:
         NotImplementedError: an option that is not emulated.
@@ -147,18 +149,11 @@ class MultiheadAttention(nn.Module):
         Raises:
             ValueError: heads, types or sizes that cannot be.
         """
+        refuse_parallel("MultiheadAttention", tp_size, tp_group)
         refuse(
             "MultiheadAttention",
             softcap=(softcap, 0.0),
-            tp_group=(tp_group, None),
-            tp_size=(tp_size, 1),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            sequence_parallel=(sequence_parallel, False),
-            ub_overlap_ag=(ub_overlap_ag, False),
-            ub_overlap_rs=(ub_overlap_rs, False),
-            ub_overlap_rs_dgrad=(ub_overlap_rs_dgrad, False),
-            ub_bulk_dgrad=(ub_bulk_dgrad, False),
-            ub_bulk_wgrad=(ub_bulk_wgrad, False),
             softmax_type=(softmax_type, "vanilla"),
         )
         if attention_type not in {"self", "cross"}:

@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import InitMethod, TransformerEngineBaseModule, refuse
+from .base import (
+    InitMethod,
+    TransformerEngineBaseModule,
+    refuse,
+    refuse_parallel,
+)
 from .layernorm_mlp import LayerNormMLP
 from .masks import Masks, Window
 from .multi_head_attention import MultiheadAttention
@@ -72,8 +77,10 @@ class TransformerLayer(nn.Module):
         qk_norm_type: see :class:`MultiheadAttention`, like the next two.
         qk_norm_eps: of that norm.
         qk_norm_before_rope: where it is.
-        softcap, tp_group, tp_size, get_rng_state_tracker, sequence_parallel, ub_*,
-            softmax_type: only their defaults are emulated.
+        tp_group, tp_size: only one rank is emulated.
+        sequence_parallel, ub_*: with one rank they change nothing, as in Transformer
+            Engine.
+        softcap, get_rng_state_tracker, softmax_type: only their defaults are emulated.
 
     Raises:
         NotImplementedError: an option that is not emulated.
@@ -141,19 +148,11 @@ class TransformerLayer(nn.Module):
         Raises:
             ValueError: options that exclude each other.
         """
+        refuse_parallel("TransformerLayer", tp_size, tp_group)
         refuse(
             "TransformerLayer",
             softcap=(softcap, 0.0),
-            tp_group=(tp_group, None),
-            tp_size=(tp_size, 1),
             get_rng_state_tracker=(get_rng_state_tracker, None),
-            sequence_parallel=(sequence_parallel, False),
-            ub_tp_comm_overlap=(ub_tp_comm_overlap, False),
-            ub_overlap_ag=(ub_overlap_ag, True),
-            ub_overlap_rs=(ub_overlap_rs, True),
-            ub_overlap_rs_dgrad=(ub_overlap_rs_dgrad, False),
-            ub_bulk_dgrad=(ub_bulk_dgrad, True),
-            ub_bulk_wgrad=(ub_bulk_wgrad, True),
             softmax_type=(softmax_type, "vanilla"),
         )
         if layer_type not in {"encoder", "decoder"}:
