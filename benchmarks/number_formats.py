@@ -6,10 +6,18 @@ compares it with the record::
 
     python -m benchmarks.number_formats
 
+With the folder of a copy of Microsoft's microxcaling, which no package index has, it
+writes ``benchmarks/number_formats_microxcaling.json`` instead: what that makes of some
+blocks, for ``tests/test_number_formats.py``. The record is of commit 7bc41952 (2024)::
+
+    python -m benchmarks.number_formats ../microxcaling
+
 SPDX-License-Identifier: Apache-2.0
 """
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +25,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from snippets.number_formats import finfo, round_to, table
+from snippets.number_formats import BLOCK_FORMATS, finfo, round_to, table
 
 RECORD = Path(__file__).with_suffix(".json")
+MICROXCALING = RECORD.with_stem("number_formats_microxcaling")
 F64 = torch.float64
 SHORT = ["float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"]
 SHORT += ["float8_e4m3fn", "float8_e5m2"]
@@ -32,7 +41,7 @@ def values() -> dict[str, list[float]]:
     found = {}
     for name in SHORT:
         every = table(name)
-        found[name] = every[(every >= 0) & (every <= 8)].tolist()
+        found[name] = every[(every >= 0) & (every <= 8) & ~every.signbit()].tolist()
     return found
 
 
@@ -81,8 +90,52 @@ def gradients() -> dict[str, list[float]]:
     }
 
 
+def blocks() -> torch.Tensor:
+    """Return blocks of 32: ties of each element format, many sizes, and the edges."""
+    found = []
+    for fmt in BLOCK_FORMATS.values():
+        every = table(fmt.element)
+        values = torch.unique(every[every.isfinite() & (every >= 0)])
+        ties = (values[1:] + values[:-1]) / 2
+        ties = torch.cat([ties, ties.new_zeros(-len(ties) % 31)]).view(-1, 31)
+        first = torch.full_like(ties[:, :1], 2.0**fmt.element.max_exponent)
+        found.append(torch.cat([first, ties], 1))
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([-120.0, -60, -8, 0, 7, 50, 110, 125], dtype=F64)
+    noise = torch.randn(len(sizes), 32, dtype=F64, generator=generator)
+    powers = torch.exp2(torch.tensor([-90.0, -1, 0, 12])).float()
+    below = torch.nextafter(powers, torch.zeros(1)).double()
+    edges = torch.tensor([0.0, 2.0**-149, 2.0**-126, torch.finfo(torch.float32).max])
+    ramp = torch.linspace(1, -0.5, 32, dtype=F64)
+    found += [noise * torch.exp2(sizes)[:, None], below[:, None] * ramp]
+    found.append(edges[:, None].double() * ramp)
+    # Two formats may have the same ties.
+    distinct: torch.Tensor = torch.unique(torch.cat(found).float(), dim=0)
+    return distinct
+
+
+def microxcaling(folder: str) -> dict[str, object]:
+    """Return what its CPU code makes of the blocks, rounding ties to even."""
+    sys.path.insert(0, folder)
+    quantize = importlib.import_module("mx.mx_ops")._quantize_mx
+    x = blocks()
+    record: dict[str, object] = {
+        "source": "https://github.com/microsoft/microxcaling, commit 7bc41952 (MIT)",
+        "x": x.tolist(),
+    }
+    names = [name for name in BLOCK_FORMATS if name.startswith("mx")]
+    for name in names:
+        theirs = name.removeprefix("mx").replace("fp4", "fp4_e2m1")
+        settings = {"axes": [-1], "block_size": 32, "round": "even"}
+        record[name] = quantize(x.clone(), 8, theirs, **settings).tolist()
+    return record
+
+
 def main() -> None:
     """Write the record."""
+    if len(sys.argv) > 1:
+        MICROXCALING.write_text(json.dumps(microxcaling(sys.argv[1])) + "\n", "utf-8")
+        return
     record = {
         "values": values(),
         "errors": errors(),

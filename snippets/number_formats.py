@@ -18,6 +18,7 @@ every value of every format: written to check others against, not for speed.
 SPDX-License-Identifier: Apache-2.0
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ _ROUNDINGS = ("nearest", "toward_zero", "up", "down", "stochastic")
 _NANS = ("ieee", "all_ones", "negative_zero", None)
 _MANTISSA, _BIAS = 52, 1023  # of float64
 _FRACTION = 62  # bits that say where between two neighbors a number lies
+_PART = 1 << 15  # elements at a time: what is between the steps stays in the cache
 _Format = TypeVar("_Format", "FloatFormat", "BlockFormat")
 
 
@@ -49,10 +51,15 @@ def _choose(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
 
 
 def _named(fmt: _Format | str, known: dict[str, _Format]) -> _Format:
-    if isinstance(fmt, (FloatFormat, BlockFormat)):
-        return fmt
-    _choose("fmt", fmt, tuple(known))
-    return known[fmt]
+    if isinstance(fmt, str) or type(fmt) not in set(map(type, known.values())):
+        _choose("fmt", fmt, tuple(known))
+        return known[str(fmt)]
+    return fmt
+
+
+def _by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    size = _PART if x.device.type == "cpu" else max(x.numel(), 1)
+    return torch.cat([function(part) for part in torch.split(x.flatten(), size)], -1)
 
 
 @dataclass(frozen=True)
@@ -180,51 +187,59 @@ def encode(
     fmt, x = _named(fmt, FORMATS), _float64(x)
     _choose("rounding", rounding, _ROUNDINGS)
     _choose("overflow", overflow, ("saturate", "ieee"))
-    nan, negative, (rank, fraction) = x.isnan(), x.signbit(), _place(x, fmt)
     drawing = generator is None or rounding == "stochastic"
     _need(drawing, f"generator is for rounding='stochastic', not {rounding!r}")
     if fmt.nan_encoding is None:
         _need(overflow == "saturate", f"{fmt.name} has no Inf or NaN: use 'saturate'")
-        _need(not nan.any(), f"{fmt.name} has no NaN, but x has")
+        _need(not x.isnan().any(), f"{fmt.name} has no NaN, but x has")
 
-    if rounding == "nearest":
-        half, p = 1 << (_FRACTION - 1), fmt.mantissa_bits
-        odd = rank & 1 == 1 if p else rank > 0  # without a mantissa, 1 is all there is
-        away = (fraction > half) | ((fraction == half) & odd)
-    elif rounding == "stochastic":
-        high, shape, device = 1 << _FRACTION, x.shape, x.device
-        away = fraction > torch.randint(high, shape, generator=generator, device=device)
-    else:
-        none = torch.zeros_like(negative)
-        directions = {"up": ~negative, "down": negative, "toward_zero": none}
-        away = directions[rounding] & (fraction > 0)
-    codes = (rank + away).clamp(min=fmt.first_rank) - fmt.first_rank
+    def encode_part(x: Tensor) -> Tensor:
+        nan, negative, (rank, fraction) = x.isnan(), x.signbit(), _place(x, fmt)
+        if rounding == "nearest":
+            half, p = 1 << (_FRACTION - 1), fmt.mantissa_bits
+            odd = rank & 1 == 1 if p else rank > 0  # without a mantissa, 1 is all
+            away = (fraction > half) | ((fraction == half) & odd)
+        elif rounding == "stochastic":
+            high, shape, device = 1 << _FRACTION, x.shape, x.device
+            draw = torch.randint(high, shape, generator=generator, device=device)
+            away = fraction > draw
+        else:
+            none = torch.zeros_like(negative)
+            directions = {"up": ~negative, "down": negative, "toward_zero": none}
+            away = directions[rounding] & (fraction > 0)
+        codes = (rank + away).clamp(min=fmt.first_rank) - fmt.first_rank
 
-    over = (codes > fmt.max_code) | x.isinf()
-    codes = codes.clamp(max=fmt.max_code).masked_fill(over, fmt.max_code)
-    if overflow == "ieee":
-        if rounding in {"toward_zero", "up", "down"}:
-            over &= x.isinf() | directions[rounding]
-        codes.masked_fill_(over, fmt.max_code + 1 if fmt.has_inf else fmt.nan_code)
-    if fmt.nan_encoding is not None:
-        codes.masked_fill_(nan if fmt.has_sign else nan | (x < 0), fmt.nan_code)
-    if fmt.nan_encoding == "negative_zero":
-        negative &= codes != 0
-    return codes | (negative & fmt.has_sign).long() << (fmt.bits - 1)
+        over = (codes > fmt.max_code) | x.isinf()
+        codes = codes.clamp(max=fmt.max_code).masked_fill(over, fmt.max_code)
+        if overflow == "ieee":
+            if rounding in {"toward_zero", "up", "down"}:
+                over &= x.isinf() | directions[rounding]
+            codes.masked_fill_(over, fmt.max_code + 1 if fmt.has_inf else fmt.nan_code)
+        if fmt.nan_encoding is not None:
+            codes.masked_fill_(nan if fmt.has_sign else nan | (x < 0), fmt.nan_code)
+        if fmt.nan_encoding == "negative_zero":
+            negative &= codes != 0
+        return codes | (negative & fmt.has_sign).long() << (fmt.bits - 1)
+
+    return _by_parts(encode_part, x).view(x.shape)
 
 
 def decode(codes: Tensor, fmt: FloatFormat | str) -> Tensor:
     """Return the float64 values of integer codes, exactly; NaN for every NaN code."""
     fmt = _named(fmt, FORMATS)
     codes = _codes(codes, fmt)
-    magnitude = codes & ((1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1)
-    values = _value(magnitude + fmt.first_rank, fmt)
-    values.masked_fill_(magnitude > fmt.max_code, torch.nan)
-    if fmt.has_inf:
-        values.masked_fill_(magnitude == fmt.max_code + 1, torch.inf)
-    if fmt.nan_encoding == "negative_zero":
-        values.masked_fill_(codes == fmt.nan_code, torch.nan)
-    return torch.where(codes == magnitude, values, -values)
+
+    def decode_part(codes: Tensor) -> Tensor:
+        magnitude = codes & ((1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1)
+        values = _value(magnitude + fmt.first_rank, fmt)
+        values.masked_fill_(magnitude > fmt.max_code, torch.nan)
+        if fmt.has_inf:
+            values.masked_fill_(magnitude == fmt.max_code + 1, torch.inf)
+        if fmt.nan_encoding == "negative_zero":
+            values.masked_fill_(codes == fmt.nan_code, torch.nan)
+        return torch.where(codes == magnitude, values, -values)
+
+    return _by_parts(decode_part, codes).view(codes.shape)
 
 
 def round_to(
@@ -252,23 +267,27 @@ def neighbours(x: Tensor | float, fmt: FloatFormat | str) -> tuple[Tensor, Tenso
     Infinities count where the format has them. NaN where there is none, and for NaN.
     """
     fmt, x = _named(fmt, FORMATS), _float64(x)
-    last, infinite = fmt.max_code + fmt.first_rank, x.isinf()
-    rank, fraction = _place(x, fmt)
-    between = (((fraction > 0) | (rank > last)) & ~infinite).long()
-    rank = rank.clamp(max=last) + infinite.long()
-    # Ranks below zero are those of the negative numbers.
-    floor = torch.where(x.signbit(), -rank - between, rank)
-    below, above = floor - 1 + between, floor + 1
+    last = fmt.max_code + fmt.first_rank
     top = last + fmt.has_inf
     lowest = -top if fmt.has_sign else fmt.first_rank
 
-    def value(rank: Tensor) -> Tensor:
+    def value(rank: Tensor, x: Tensor) -> Tensor:
         values = _value(rank.abs().clamp(max=last), fmt)
         values.masked_fill_(rank.abs() > last, torch.inf)
         values = torch.where(rank < 0, -values, values)
         return values.masked_fill(x.isnan() | (rank < lowest) | (rank > top), torch.nan)
 
-    return value(below), value(above.clamp(min=lowest))
+    def both_of_part(x: Tensor) -> Tensor:
+        infinite, (rank, fraction) = x.isinf(), _place(x, fmt)
+        between = (((fraction > 0) | (rank > last)) & ~infinite).long()
+        rank = rank.clamp(max=last) + infinite.long()
+        # Ranks below zero are those of the negative numbers.
+        floor = torch.where(x.signbit(), -rank - between, rank)
+        below, above = floor - 1 + between, (floor + 1).clamp(min=lowest)
+        return torch.stack([value(below, x), value(above, x)])
+
+    below, above = _by_parts(both_of_part, x).view(2, *x.shape)
+    return below, above
 
 
 def ulp(x: Tensor | float, fmt: FloatFormat | str) -> Tensor:
@@ -276,8 +295,13 @@ def ulp(x: Tensor | float, fmt: FloatFormat | str) -> Tensor:
     fmt, x = _named(fmt, FORMATS), _float64(x)
     # Without a mantissa each step is larger than the last; float64 ends with its last.
     last = fmt.max_code + fmt.first_rank - (fmt.mantissa_bits > 0)
-    rank = _place(x, fmt)[0].clamp(fmt.first_rank, last)
-    return (_value(rank + 1, fmt) - _value(rank, fmt)).masked_fill(x.isnan(), torch.nan)
+
+    def step_of_part(x: Tensor) -> Tensor:
+        rank = _place(x, fmt)[0].clamp(fmt.first_rank, last)
+        step = _value(rank + 1, fmt) - _value(rank, fmt)
+        return step.masked_fill(x.isnan(), torch.nan)
+
+    return _by_parts(step_of_part, x).view(x.shape)
 
 
 def finfo(fmt: FloatFormat | str) -> SimpleNamespace:
@@ -300,7 +324,11 @@ def table(fmt: FloatFormat | str) -> Tensor:
 
 
 class BlockFormat(NamedTuple):
-    """Elements in one format, and a scale in another for ``block_size`` of them."""
+    """Elements in one format, and a scale in another for ``block_size`` of them.
+
+    A scale that has no zero, like E8M0, is a power of two as in MX. Any other is used
+    as in NVFP4, beside a float32 of the tensor.
+    """
 
     name: str
     element: FloatFormat
@@ -317,7 +345,6 @@ BLOCK_FORMATS = {
     "mxfp4": BlockFormat("mxfp4", _E2M1),
     "nvfp4": BlockFormat("nvfp4", _E2M1, _E4M3, 16),
 }
-_NVFP4_RANGE = 6.0 * 448.0
 
 
 class Blocks(NamedTuple):
@@ -342,15 +369,17 @@ def quantize_blocks(
     Engine, each operation in float32: ``S = 2688 / amax`` of the tensor, the scale
     ``s`` the E4M3 of ``amax_block * (S * (1 / 6))``, the codes those of ``x * (1 / (s *
     (1 / S)))``. A block with Inf or NaN, which the specification leaves open, has the
-    scale NaN and the codes 0, and does not count for the tensor's amax.
+    scale NaN and the codes 0, and does not count for the tensor's amax. A format of
+    your own has its own largest numbers for NVFP4's 6, 448, and 2688 = 6 * 448.
 
     ``x`` is of a floating-point dtype, [..., K]; ``rounding`` and ``generator`` are for
     the elements, as in `encode`. A ValueError are a K that the block size does not
-    divide, and float64 for NVFP4.
+    divide, a format that is none, and float64 for NVFP4.
     """
     fmt, given = _named(fmt, BLOCK_FORMATS), getattr(x, "dtype", None)
-    values, nvfp4 = _float64(x), fmt.scale.has_zero
-    _need(not nvfp4 or given != torch.float64, "nvfp4 is defined in float32: cast x")
+    values, nvfp4, (top, reach) = _float64(x), fmt.scale.has_zero, _limits(fmt)
+    narrow = not nvfp4 or given != torch.float64
+    _need(narrow, f"{fmt.name} is defined in float32: cast x")
     fits = values.dim() > 0 and values.shape[-1] % fmt.block_size == 0
     got = f"multiple of {fmt.block_size}, got shape {list(values.shape)}"
     _need(fits, f"the last dimension for {fmt.name} must be a {got}")
@@ -362,8 +391,8 @@ def quantize_blocks(
     if nvfp4:
         largest, limit = largest.float(), torch.finfo(torch.float32).max
         amax = largest.amax() if largest.numel() else largest.new_zeros(())
-        total = torch.div(largest.new_tensor(_NVFP4_RANGE), amax).clamp(max=limit)
-        scales = encode(largest * (total * largest.new_tensor(1 / 6)), fmt.scale)
+        total = torch.div(largest.new_tensor(reach), amax).clamp(max=limit)
+        scales = encode(largest * (total * largest.new_tensor(1 / top)), fmt.scale)
         divisor = decode(scales, fmt.scale).float() * total.reciprocal()
         scaled = tiles.float() * divisor.reciprocal().clamp(max=limit)
     else:
@@ -382,6 +411,7 @@ def dequantize_blocks(blocks: Blocks, fmt: BlockFormat | str) -> Tensor:
     in float32. Codes, scales and amax that do not belong together are a ValueError.
     """
     fmt, (codes, scales, amax) = _named(fmt, BLOCK_FORMATS), blocks
+    reach = _limits(fmt)[1]
     fits = [*scales.shape[:-1], scales.shape[-1] * fmt.block_size] == [*codes.shape]
     got = f"codes {[*codes.shape]}, scales {[*scales.shape]}, amax {amax}"
     fits &= fmt.scale.has_zero == (amax is not None)
@@ -389,9 +419,22 @@ def dequantize_blocks(blocks: Blocks, fmt: BlockFormat | str) -> Tensor:
     tiles = decode(codes, fmt.element).reshape(*scales.shape, fmt.block_size)
     factor = decode(scales, fmt.scale).unsqueeze(-1)
     if amax is not None:
-        factor = factor.float() * amax * amax.new_tensor(1 / _NVFP4_RANGE)
+        factor = factor.float() * amax * amax.new_tensor(1 / reach)
         tiles = tiles.float()
     return (tiles * factor).double().reshape(codes.shape)
+
+
+def _limits(fmt: BlockFormat) -> tuple[float, float]:
+    """Check a format; return its largest element, and that times the largest scale."""
+    top, scale = finfo(fmt.element).max, fmt.scale
+    reach = top * finfo(scale).max
+    _need(fmt.block_size > 0, f"a block has at least one element: {fmt}")
+    _need(scale.nan_encoding is not None, f"a scale needs a NaN: {fmt}")
+    powers = scale.mantissa_bits == 0
+    _need(powers != scale.has_zero, f"a scale has either a mantissa or no zero: {fmt}")
+    fits = powers or reach <= torch.finfo(torch.float32).max
+    _need(fits, f"float32 does not hold the largest element times scale: {fmt}")
+    return top, reach
 
 
 def _place(x: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

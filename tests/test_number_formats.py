@@ -1,15 +1,18 @@
 """Laws of ``snippets/number_formats.py``, and their oracles.
 
 Oracles: ``ml_dtypes`` and NumPy for every format they have, torch's own casts, a search
-in the table of values, fractions, the FP8 emulator's numerics, and torchao.
+in the table of values, fractions, the FP8 emulator's numerics, torchao, and values that
+microxcaling gave.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +41,8 @@ from snippets.number_formats import (
 )
 from tests.quiet import quiet_import
 
+RECORDS = Path(__file__).parents[1] / "benchmarks"
+MICROXCALING = RECORDS / "number_formats_microxcaling.json"
 INF, NAN = math.inf, math.nan
 F64 = torch.float64
 # Formats that no one here named, to see that formats are data.
@@ -53,6 +58,9 @@ SHORT = {k: f for k, f in (FORMATS | OTHERS).items() if f.bits <= 16}
 SIGNED = [name for name, fmt in SHORT.items() if fmt.has_sign]
 NARROW = [name for name, fmt in SHORT.items() if fmt.bits <= 8]
 ML = {n: getattr(ml_dtypes, n, getattr(np, n, None)) for n in SHORT}
+MX = [name for name in BLOCK_FORMATS if name != "nvfp4"]
+# Of the releases 2.13 is the first whose cast to E4M3 saturates.
+NEWER = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 13)
 TORCH = ["float16", "bfloat16", *(n for n in FORMATS if "float8" in n)]
 
 
@@ -340,6 +348,24 @@ def test_stochastic_rounding_draws_in_logical_order() -> None:
     assert not torch.equal(codes(x), codes(x.flip(0)).flip(0))
 
 
+def test_long_tensors_are_rounded_as_if_at_once() -> None:
+    """Parts that fit the cache change no code, no value and no draw."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(3, 50_001, generator=generator)
+    name = "float8_e5m2"
+
+    def stochastic(*parts: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        codes = [encode(p, name, "stochastic", generator=generator) for p in parts]
+        return torch.cat(codes)
+
+    assert torch.equal(stochastic(x), stochastic(x[:1], x[1:2], x[2:]))
+    for function in (encode, round_to, ulp, lambda x, f: torch.stack(neighbours(x, f))):
+        whole = function(x.mT, name)
+        assert whole.shape[-2:] == (50_001, 3)
+        assert torch.equal(whole[..., 40_000:, 1], function(x[1, 40_000:], name))
+
+
 # Oracles.
 
 
@@ -443,8 +469,21 @@ def test_torch_casts_float32_like_this(name: str) -> None:
     x = probes32(fmt)
     if name == "float8_e8m0fnu":
         x = x[~rounded_up(x)]
-    newer = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 13)
-    overflow = "saturate" if name == "float8_e4m3fn" and newer else "ieee"
+    overflow = "saturate" if name == "float8_e4m3fn" and NEWER else "ieee"
+    mine = x if fmt.has_sign else x.abs()
+    assert torch.equal(encode(mine, fmt, overflow=overflow), torch_codes(x, name))
+
+
+@pytest.mark.parametrize("name", [n for n in TORCH if "float8" in n])
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
+def test_torch_casts_half_precision_like_this(name: str, source: torch.dtype) -> None:
+    """All 65,536 codes but NaN's, which `test_torch_casts_that_differ` has."""
+    x = torch.arange(1 << 16).to(torch.uint16).view(source)
+    x = x[~x.isnan()]
+    fmt = FORMATS[name]
+    if name == "float8_e8m0fnu":
+        x = x[~rounded_up(x.double())]
+    overflow = "saturate" if name == "float8_e4m3fn" and NEWER else "ieee"
     mine = x if fmt.has_sign else x.abs()
     assert torch.equal(encode(mine, fmt, overflow=overflow), torch_codes(x, name))
 
@@ -502,17 +541,18 @@ def test_limits_are_those_of_torch_but_for_one() -> None:
 
 
 def draws(seed: int = 0) -> Tensor:
-    """Return numbers of many sizes, a row of zeros and the edges of float32."""
+    """Return numbers of many sizes, zeros, subnormal numbers and float32's largest."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 128, generator=generator)
     x *= torch.exp2(torch.randint(-30, 30, (64, 1), generator=generator).float())
     x[1] = 0.0
     x[2, ::3] *= 1e-45 / x[2, ::3].abs()
-    x[3] *= 3e38 / x[3].abs().max()
+    x[3] = x[3] / x[3].abs().max() * 3e38
+    x[4] = x[4] / x[4].abs().max() * 2.0**-127
     return x
 
 
-@pytest.mark.parametrize("name", [n for n in BLOCK_FORMATS if n != "nvfp4"])
+@pytest.mark.parametrize("name", MX)
 def test_mx_is_the_specifications_conversion(name: str) -> None:
     """One block after the other: largest powers of two in fractions, then rounding."""
     fmt = BLOCK_FORMATS[name]
@@ -576,19 +616,60 @@ def test_nvfp4_scales_at_ties_equal_the_emulators() -> None:
         assert torch.equal(values, decode_fp4(codes).double())
 
 
-@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"])
+def below_powers() -> Tensor:
+    """Return blocks whose largest number is the last float32 before a power of two."""
+    powers = torch.exp2(torch.arange(-100, 128, dtype=F64)).float()
+    largest = torch.nextafter(powers, torch.zeros(1))
+    return largest[:, None] * torch.linspace(1.0, -0.5, 32)
+
+
+@pytest.mark.parametrize("name", MX)
 def test_mx_equals_torchao(name: str) -> None:
-    """Its FLOOR is the specification's rule."""
-    mx, x = quiet_import("torchao.prototype.mx_formats.mx_tensor"), draws(4)[4:]
-    element = BLOCK_FORMATS[name].element.name
-    dtype = getattr(torch, element, torch.float4_e2m1fn_x2)
+    """Its FLOOR is the specification's rule, in FP8, FP6 and FP4.
+
+    But its scales end at 2**-126, a normal float32, where E8M0's end at 2**-127.
+    """
+    mx = quiet_import("torchao.prototype.mx_formats.mx_tensor")
+    x = torch.cat([draws(4).view(-1, 32), below_powers()])
+    element = BLOCK_FORMATS[name].element
+    dtype = {
+        "float6_e3m2fn": mx.DTYPE_FP6_E3M2,
+        "float6_e2m3fn": mx.DTYPE_FP6_E2M3,
+        "float4_e2m1fn": torch.float4_e2m1fn_x2,
+    }.get(element.name) or getattr(torch, element.name)
     scales, codes = mx.to_mx(x, dtype, 32, mx.ScaleCalculationMode.FLOOR)
     ours = quantize_blocks(x, name)
-    assert torch.equal(ours.scales, scales.view(torch.uint8).long().view(64 - 4, 4))
+    wide = scales.view(torch.uint8).long().view(ours.scales.shape)
+    assert torch.equal(ours.scales, wide)
     theirs = codes.view(torch.uint8).long()
     if name == "mxfp4":
-        theirs = torch.stack([theirs & 15, theirs >> 4], -1)
-    assert torch.equal(ours.codes, theirs.view(ours.codes.shape))
+        theirs = torch.stack([theirs & 15, theirs >> 4], -1).flatten(1)
+    clamped = (ours.scales == 0).squeeze(-1)
+    assert torch.equal(ours.codes[~clamped], theirs[~clamped])
+    assert bool((x[clamped] != 0).any())
+    values = encode(x[clamped].double() * 2.0**126, element)
+    assert torch.equal(values, theirs[clamped])
+
+
+@pytest.mark.parametrize("name", MX)
+def test_mx_equals_microxcaling(name: str) -> None:
+    """Its round="even", on blocks of every size, ties among them, bit for bit.
+
+    Not where the largest number is barely below a power of two: it takes the logarithm
+    in float32, which rounds it up, so that its scale is twice the specification's.
+    """
+    record = json.loads(MICROXCALING.read_text("utf-8"))
+    x, theirs = (torch.tensor(record[key], dtype=F64) for key in ("x", name))
+    ours = dequantize_blocks(quantize_blocks(x, name), name)
+    differ = (ours != theirs).any(1)
+    significand, power = torch.frexp(x.abs().amax(1))
+    assert torch.equal(differ, (significand >= 1 - 2.0**-23) & (power.abs() > 1))
+    assert 0 < int(differ.sum()) < len(x) // 4
+    # With twice the scale, which a larger first number gives, the rest agrees.
+    nudged = torch.where(differ[:, None] & (x.abs() == x.abs().amax(1, True)), 2, 1) * x
+    again = dequantize_blocks(quantize_blocks(nudged, name), name)
+    kept = differ[:, None] & (nudged == x)
+    assert torch.equal(again[kept].float(), theirs[kept].float())  # one is 2**128
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -709,6 +790,49 @@ X = torch.ones(32)
             ValueError,
             "not blocks of mxfp4",
         ),
+        (call(encode, X, BLOCK_FORMATS["mxfp4"]), ValueError, "got BlockFormat"),
+        (call(quantize_blocks, X, FORMATS["tf32"]), ValueError, "got FloatFormat"),
+        (call(encode, X, torch.bfloat16), ValueError, "did you mean 'bfloat16'"),
+        (
+            call(
+                quantize_blocks,
+                X,
+                BlockFormat("own", FORMATS["float16"])._replace(block_size=0),
+            ),
+            ValueError,
+            "a block has at least one element",
+        ),
+        (
+            call(
+                dequantize_blocks,
+                Blocks(X.long(), X.long()),
+                BlockFormat("own", FORMATS["float16"], FORMATS["float4_e2m1fn"]),
+            ),
+            ValueError,
+            "a scale needs a NaN",
+        ),
+        (
+            call(
+                quantize_blocks,
+                X,
+                BlockFormat(
+                    "own",
+                    FORMATS["float16"],
+                    FloatFormat("e4m0", 4, 0, 7, False, "all_ones"),
+                ),
+            ),
+            ValueError,
+            "either a mantissa or no zero",
+        ),
+        (
+            call(
+                quantize_blocks,
+                X,
+                BlockFormat("own", FORMATS["float16"], FORMATS["bfloat16"]),
+            ),
+            ValueError,
+            "float32 does not hold the largest element times scale",
+        ),
         (call(FloatFormat, "x", 1, 2, 3), ValueError, "needs 2 to 11 exponent bits"),
         (call(FloatFormat, "x", 12, 2, 3), ValueError, "needs 2 to 11 exponent bits"),
         (call(FloatFormat, "x", 4, -1, 3), ValueError, "needs 0 to 52 mantissa bits"),
@@ -740,6 +864,22 @@ def test_bad_input_is_one_clear_error(
     """With the value received, and the nearest name."""
     with pytest.raises(error, match=match):
         bad()
+
+
+def test_an_own_format_with_nvfp4s_two_scales_uses_its_range() -> None:
+    """The largest block has the largest scale and the largest element, as 448 and 6."""
+    x = draws(7)[5:]
+    for element in ("float6_e2m3fn", "float8_e4m3fn"):
+        own = BlockFormat("own", FORMATS[element], FORMATS["float8_e4m3fn"], 16)
+        blocks = quantize_blocks(x, own)
+        assert int(blocks.scales.max()) == own.scale.max_code
+        largest = blocks.codes[x.abs() == x.abs().max()]
+        assert (largest & 0x7F & (2 ** (own.element.bits - 1) - 1)).tolist() == [
+            own.element.max_code
+        ]
+        row = x[x.abs().amax(1) == x.abs().max()].double()
+        back = dequantize_blocks(quantize_blocks(row.float(), own), own)
+        assert bool((back - row).norm() < 0.04 * row.norm())
 
 
 def test_codes_of_every_integer_dtype_and_own_formats() -> None:
