@@ -1,0 +1,270 @@
+"""Rules that turn what was measured into a verdict for each mode."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .formats import FORMATS, MODES, Format, Mode
+from .report import (
+    HIGH,
+    LEVELS,
+    LOW,
+    Constant,
+    Finding,
+    PrecisionReport,
+    Row,
+    Verdict,
+    percent,
+)
+
+# Rounding touches a tail of every distribution; what is lost beyond MANY is no tail.
+SOME, MANY = 0.05, 0.25
+LOST = 0.5  # of all updates of a step: most weights stand still
+FORWARD = ("input", "weight", "output", "inside")
+GRADS = ("grad_output", "grad_weight")
+
+# What to do, and the page that explains.
+_FIXES = {
+    "overflow": ("keep it in FP32, or use BF16", "guide/selective_precision"),
+    "underflow": ("rescale it, or keep it in FP32", "background/number_formats"),
+    "gradients": ("scale the loss, or use BF16", "guide/loss_scaling"),
+    "updates": ("keep main params in FP32, or round stochastically", "guide/true_half"),
+    "adam": ("use 16-mixed or bf16-mixed, or TrueHalfAdamW", "guide/true_half"),
+    "integers": ("pass whole numbers as int64", "guide/mixed_precision"),
+    "constant": ("choose it by torch.finfo(x.dtype)", "guide/selective_precision"),
+    "fp8": ("keep this layer in BF16, or give scales to blocks", "guide/fp8"),
+    "shape": ("pad it, or keep this layer in BF16", "guide/fp8"),
+    "fp32": ("repair FP32 first", "guide/precision_report"),
+}
+
+
+def judge(report: PrecisionReport, name: str, optimizer: Optimizer | None) -> Verdict:
+    """Return the verdict for one mode."""
+    mode, scale = MODES[name], None
+    judged = _Judge(report, name)
+    if report.broken:
+        judged.find(
+            "unsafe", "fp32", f"FP32 itself makes NaN or Inf, first in {report.broken}"
+        )
+        return judged.verdict(None)
+    judged.forward()
+    if mode.stores:
+        judged.gradients()
+        judged.updates()
+        judged.adam(optimizer)
+    elif mode.compute == "float16":
+        scale = judged.loss_scale()
+    if mode.forward:
+        judged.fp8()
+    return judged.verdict(scale)
+
+
+class _Judge:
+    """The findings of one mode."""
+
+    def __init__(self, report: PrecisionReport, name: str) -> None:
+        self.report, self.name = report, name
+        self.mode: Mode = MODES[name]
+        self.fmt: Format = FORMATS[self.mode.compute]
+        self.findings: list[Finding] = []
+
+    def rows(self, *kinds: str) -> Iterator[Row]:
+        """Yield the rows that this mode computes in 16 bits."""
+        for row in self.report.rows:
+            if row.kind in kinds and (row.low or self.mode.stores):
+                yield row
+
+    def find(
+        self,
+        level: str,
+        what: str,
+        text: str,
+        row: Row | None = None,
+        share: float = 0.0,
+    ) -> None:
+        """Note a finding."""
+        at = (row.module, row.kind) if row else ("", "")
+        self.findings.append(Finding(level, self.name, *at, text, *_FIXES[what], share))
+
+    def share(self, row: Row, fmt: str, what: str, fix: str, verb: str) -> None:
+        """Note a share that is worth a word."""
+        share = row.share(fmt, what)
+        if share >= SOME:
+            level = "unsafe" if share >= MANY else "caution"
+            self.find(level, fix, f"{_at(row)} {verb} {percent(share)}", row, share)
+
+    def forward(self) -> None:
+        """Look for what does not fit: numbers, whole numbers, constants."""
+        compute = self.mode.compute
+        noted = set()
+        for constant in self.constants():
+            noted.add((constant.module, constant.operation))
+            size = "zero" if abs(constant.value) < 1 else "infinite"
+            level = "unsafe" if constant.bites else "caution"
+            if constant.bites or self.mode.stores:
+                self.find(level, "constant", f"{constant} is {size} in {compute}")
+        for row in self.rows(*FORWARD):
+            if (row.module, row.tensor) in noted:
+                continue
+            if row.share(compute, "overflow"):
+                text = f"{_at(row)} overflows {compute}: {row.amax:.2g}"
+                self.find("unsafe", "overflow", text, row, 1.0)
+            self.share(row, compute, "underflow", "underflow", "underflows")
+            self.share(
+                row, compute, "integers_lost", "integers", "changes whole numbers:"
+            )
+
+    def constants(self) -> Iterator[Constant]:
+        """Yield the constants that this mode makes zero or infinite."""
+        for constant in self.report.constants:
+            size = abs(constant.value)
+            fits = self.fmt.zero < size < self.fmt.overflow
+            if not fits and (constant.low or self.mode.stores) and constant.bites:
+                yield constant
+
+    def gradients(self) -> None:
+        """Look for gradients that do not fit, where nothing scales the loss."""
+        for row in self.rows(*GRADS):
+            if row.share(self.mode.compute, "overflow"):
+                text = f"{_at(row)} overflows {self.mode.compute}: {row.amax:.2g}"
+                self.find("unsafe", "gradients", text, row, 1.0)
+            share = _below(row, self.fmt)
+            if share >= SOME:
+                level = "unsafe" if share >= MANY else "caution"
+                text = f"{_at(row)} underflows {percent(share)}"
+                self.find(level, "gradients", text, row, share)
+
+    def loss_scale(self) -> tuple[int, int] | None:
+        """Look for loss scales with which the gradients fit; return their exponents."""
+        rows = [row for row in self.rows(*GRADS) if row.amax]
+        if not rows:
+            return None
+        largest = max(rows, key=lambda row: row.amax)
+        high = math.floor(math.log2(self.fmt.max / largest.amax))
+        worst = max(rows, key=lambda row: _needed(row, self.fmt))
+        low = _needed(worst, self.fmt)
+        if low > high:
+            text = (
+                f"no loss scale fits: {_at(worst)} needs 2^{low}, "
+                f"{_at(largest)} overflows above 2^{high}"
+            )
+            self.find("unsafe", "gradients", text, worst, 1.0)
+            return None
+        if low > 0:
+            share = _below(worst, self.fmt)
+            text = f"without loss scaling {_at(worst)} underflows {percent(share)}"
+            self.find("safe", "gradients", text, worst, share)
+        return low, high
+
+    def updates(self) -> None:
+        """Look for updates below half an ulp of their weights."""
+        rows = list(self.rows("update"))
+        shares = {id(r): r.share(self.mode.compute, "lost") for r in rows}
+        total = sum(math.prod(r.shape) for r in rows)
+        lost = sum(shares[id(r)] * math.prod(r.shape) for r in rows) / max(total, 1)
+        if lost >= LOST:
+            text = f"{percent(lost)} of all updates are lost"
+            self.find("unsafe", "updates", text, None, lost)
+        by_module: dict[str, list[Row]] = {}
+        for row in rows:
+            by_module.setdefault(row.module, []).append(row)
+        for module, own in by_module.items():
+            size = sum(math.prod(r.shape) for r in own)
+            share = sum(shares[id(r)] * math.prod(r.shape) for r in own) / size
+            if share >= SOME:
+                text = f"{percent(share)} of updates lost in `{module or 'model'}`"
+                self.find("caution", "updates", text, own[0], share)
+
+    def adam(self, optimizer: Optimizer | None) -> None:
+        """Look for AdamW's two ways to divide by zero in FP16."""
+        groups: list[dict[str, Any]] = [{"eps": 1e-8, "betas": (0.9, 0.999)}]
+        if optimizer:
+            groups = [g for g in optimizer.param_groups if {"eps", "betas"} <= g.keys()]
+            if not groups or not type(optimizer).__module__.startswith("torch.optim"):
+                return  # others may keep their states in FP32
+        eps = min(group["eps"] for group in groups)
+        if eps > self.fmt.zero:
+            return
+        beta = max(group["betas"][1] for group in groups)
+        # exp_avg_sq is (1 - beta) * grad**2 after a step.
+        first, least = _least(self.fmt), math.log2(self.fmt.zero / (1 - beta)) / 2
+        below = above = 0
+        for row in self.rows("grad_weight"):
+            below += sum(row.histogram[first - LOW : math.floor(least) - LOW])
+            above += sum(row.histogram[math.floor(least) - LOW :])
+        if below:
+            share = below / (below + above)
+            text = (
+                f"Adam divides by zero: in {self.mode.compute} eps={eps:g} is 0, and "
+                f"so are {percent(share)} of the squared gradients"
+            )
+            self.find("unsafe", "adam", text, None, share)
+
+    def fp8(self) -> None:
+        """Look at what the linear layers multiply."""
+        formats = dict.fromkeys(("input", "weight"), self.mode.forward)
+        formats["grad_output"] = self.mode.grad
+        for row in self.report.rows:
+            if row.layer not in {"Linear", "NonDynamicallyQuantizableLinear"}:
+                continue
+            if row.kind in formats and row.tensor != "bias":
+                self.share(row, formats[row.kind], "underflow", "fp8", "underflows")
+            if row.kind == "weight" and len(row.shape) == 2:
+                block = FORMATS[self.mode.forward].block or 16
+                if any(size % block for size in row.shape):
+                    text = f"`{row.module}` is {row.shape}, no multiples of {block}"
+                    self.find("safe", "shape", text, row)
+
+    def verdict(self, scale: tuple[int, int] | None) -> Verdict:
+        """Sum up."""
+        self.findings.sort(key=lambda f: (-LEVELS.index(f.level), -f.share))
+        level = max((f.level for f in self.findings), key=LEVELS.index, default="safe")
+        worst = [f.text for f in self.findings if f.level == level != "safe"]
+        text = level
+        if worst:
+            more = f"; and {len(worst) - 2} more" if len(worst) > 2 else ""
+            text += f": {'; '.join(worst[:2])}{more}"
+        if scale and level != "unsafe":
+            # GradScaler begins at 2^16 and halves until nothing overflows.
+            text += f" with loss scaling ≥ 2^{scale[0]}" if scale[0] > 0 else ""
+        return Verdict(self.name, level, text, self.findings, scale)
+
+
+def _at(row: Row) -> str:
+    which = f" ({row.tensor})" if row.tensor not in {"", "weight"} else ""
+    return f"`{row.module or 'model'}` {row.kind}{which}"
+
+
+def _signal(row: Row) -> list[int]:
+    """Return the histogram of a gradient, without what is FP32's own rounding.
+
+    A weight's gradient is a sum. What is 2^-24 of its largest numbers can be the error
+    of a zero, as the gradient of a key's bias in attention is one.
+    """
+    if row.kind != "grad_weight" or not row.amax:
+        return row.histogram
+    noise = max(math.floor(math.log2(row.amax)) - 24 - LOW, 0)
+    return [0] * noise + row.histogram[noise:]
+
+
+def _least(fmt: Format) -> int:
+    return fmt.min_exponent - fmt.mantissa_bits  # exponent of the smallest number
+
+
+def _below(row: Row, fmt: Format) -> float:
+    """Return the share of a gradient that is below the smallest number."""
+    counts = _signal(row)
+    return sum(counts[: _least(fmt) - LOW]) / max(sum(counts), 1)
+
+
+def _needed(row: Row, fmt: Format) -> int:
+    """Return the smallest k for which less than SOME is below if scaled by 2^k."""
+    counts = _signal(row)
+    below, allowed = 0, SOME * sum(counts)
+    for place, count in enumerate(counts):
+        below += count
+        if below > allowed:
+            return _least(fmt) - (place + LOW)
+    return _least(fmt) - HIGH

@@ -1,0 +1,236 @@
+"""Numbers of each tensor, gathered as a model runs and rounded all at once at the end.
+
+One pass over a tensor for its largest and smallest number, and a copy of at most 4,096
+of its numbers, is all that the step waits for.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .formats import FORMATS, Format, exponents, round_, scales
+from .report import HIGH, KINDS, LOW, Row
+
+BLOCK, BLOCKS = 32, 128  # numbers in a row, and rows, in a sample
+CALLS = 4  # of a module that are sampled; of all others the amax is taken
+
+
+class Value:
+    """What is known of the numbers in a tensor, which its views share."""
+
+    __slots__ = ("cast", "limits", "low", "numel")
+
+    def __init__(self, *, low: bool = False) -> None:
+        self.low = low  # autocast would have made it in 16 bits
+        self.cast = False  # or would cast it to 16 bits where it is used
+        self.limits = self.numel = -1  # which of Samples.limits, and of how many
+
+
+class Samples:
+    """The samples of one step."""
+
+    def __init__(self) -> None:
+        self.limits: list[Tensor] = []  # min and max of each tensor
+        self.rows: dict[tuple[str, str, str], tuple[Row, Value, list[int]]] = {}
+        self.picked: dict[int, Tensor] = {}  # a sample, by its limits
+        self.weights: list[tuple[Row, Tensor, Tensor]] = []  # with their updates
+        self.places: dict[tuple[int, torch.device], Tensor] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def limit(self, x: Tensor) -> int:
+        """Take the smallest and the largest number; return where they are kept."""
+        self.limits.append(torch.stack(torch.aminmax(_real(x))))
+        return len(self.limits) - 1
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Copy pieces of a tensor: the same places for all tensors of one size."""
+        x = _real(x)
+        size = x.numel()
+        if size <= BLOCK * BLOCKS:
+            padded = nn.functional.pad(x.reshape(-1), (0, -size % BLOCK))
+            return padded.view(-1, BLOCK).clone()
+        if (size, x.device) not in self.places:
+            places = torch.randint(size // BLOCK, (BLOCKS,), generator=self.generator)
+            self.places[size, x.device] = places.to(x.device)
+        rows = x.reshape(-1)[: size // BLOCK * BLOCK].view(-1, BLOCK)
+        return rows.index_select(0, self.places[size, x.device])
+
+    def take(self, row: Row, x: Tensor, value: Value, limits: int) -> None:
+        """Count a tensor for the row of its module, kind and name."""
+        key = row.module, row.kind, row.tensor
+        row, _, taken = self.rows.setdefault(key, (row, value, []))
+        row.calls += 1
+        taken.append(limits)
+        if row.calls <= CALLS and limits not in self.picked:
+            self.picked[limits] = self.pick(x)
+
+    def update(self, row: Row, update: Tensor, weight: Tensor) -> None:
+        """Count a sampled update of a sampled weight."""
+        limits = self.limit(update)
+        self.picked[limits] = update
+        row.calls = 1
+        self.rows[row.module, row.kind, row.tensor] = row, Value(), [limits]
+        self.weights.append((row, weight, update))
+
+    def close(self, formats: tuple[str, ...]) -> tuple[list[Row], list[list[float]]]:
+        """Round all samples to all formats; return the rows, and all limits."""
+        limits: list[list[float]] = gather(self.limits).tolist()
+        places = {limit: i for i, limit in enumerate(self.picked)}
+        sample = gather(list(self.picked.values()))
+        sizes = torch.tensor([len(x) for x in self.picked.values()])
+        stats = _Statistics(sample, sizes, [limits[limit] for limit in places])
+        rounded = {name: stats.round(FORMATS[name]) for name in formats}
+        for row, value, taken in self.rows.values():
+            mine = [places[limit] for limit in taken if limit in places]
+            row.low = value.low or (
+                value.cast and row.kind not in {"output", "grad_output"}
+            )
+            row.is_finite = all(math.isfinite(x) for at in taken for x in limits[at])
+            others = [max(map(abs, limits[at])) for at in taken[CALLS:]]
+            amaxes = [stats.amax[i] for i in mine]
+            row.amax = max(amaxes + [a for a in others if math.isfinite(a)])
+            row.is_integer = all(stats.is_integer[i] for i in mine)
+            row.histogram = stats.histogram[mine].sum(0).tolist()
+            least = min((stats.least[i] for i in mine if stats.least[i]), default=1.0)
+            row.range_log2 = math.log2(row.amax / least) if row.amax else 0.0
+            for name, sums in rounded.items():
+                found = [sums[i] for i in mine]
+                row.formats[name] = _stats(FORMATS[name], row, found)
+        self._lose(formats)
+        modules = dict.fromkeys(row.module for row, _, _ in self.rows.values())
+        order = {name: i for i, name in enumerate(modules)}
+        rows = [row for row, _, _ in self.rows.values()]
+        rows.sort(key=lambda row: (order[row.module], KINDS.index(row.kind)))
+        return rows, limits
+
+    def _lose(self, formats: tuple[str, ...]) -> None:
+        """Add each update to its weight, in each format that has no scale."""
+        if not self.weights:
+            return
+        weight = gather([weight for _, weight, _ in self.weights])
+        update = gather([update for _, _, update in self.weights])
+        sizes = [len(update) for _, _, update in self.weights]
+        moves = update != 0
+        for name in formats:
+            fmt = FORMATS[name]
+            if fmt.block is None:
+                start = round_(weight, fmt)
+                lost = (round_(start + update, fmt) == start) & moves
+                parts = torch.split(lost, sizes), torch.split(moves, sizes)
+                for (row, _, _), a, b in zip(self.weights, *parts, strict=True):
+                    row.formats[name]["lost"] = int(a.sum()) / max(int(b.sum()), 1)
+
+
+class _Statistics:
+    """Samples of tensors, 32 numbers a line, and what is true of them in any format."""
+
+    def __init__(self, x: Tensor, sizes: Tensor, limits: list[list[float]]) -> None:
+        self.x, self.count = x.nan_to_num(0.0, 0.0, 0.0), len(limits)
+        self.owner = torch.arange(self.count).repeat_interleave(sizes)
+        magnitude, self.nonzero = self.x.abs(), self.x != 0
+        self.line_amax = magnitude.amax(1)
+        seen = self._reduce(self.line_amax, "amax")
+        pairs = [max(map(abs, pair)) for pair in limits]  # of all numbers, not a sample
+        self.amax = [
+            a if math.isfinite(a) else s for a, s in zip(pairs, seen, strict=True)
+        ]
+        self.peak = torch.tensor(self.amax, dtype=x.dtype)[self.owner]
+        self.unit = self.peak.clamp(min=2.0**-1000)[:, None]  # no square underflows
+        self.signal = (self.x / self.unit).square()
+        least = magnitude.masked_fill(~self.nonzero, math.inf).amin(1)
+        self.least = [
+            min(x, a)
+            for x, a in zip(self._reduce(least, "amin"), self.amax, strict=True)
+        ]
+        whole = self._reduce((self.x == self.x.round()).all(1).double(), "amin")
+        # Above 2**23 FP32 has whole numbers only, so there it says nothing.
+        self.is_integer = [
+            bool(w) and 1 < a < 2**23 for w, a in zip(whole, self.amax, strict=True)
+        ]
+        bins = HIGH - LOW + 1
+        place = exponents(self.x).clamp(LOW, HIGH) - LOW + bins * self.owner[:, None]
+        counted = torch.bincount(place[self.nonzero], minlength=bins * self.count)
+        self.histogram = counted.view(self.count, bins)
+
+    def _reduce(self, lines: Tensor, how: str) -> list[float]:
+        start = lines.new_full((self.count,), 0.0 if how == "amax" else math.inf)
+        reduced: list[float] = start.scatter_reduce_(0, self.owner, lines, how).tolist()
+        return reduced
+
+    def round(self, fmt: Format) -> list[list[float]]:
+        """Round all samples to one format; return its sums for each tensor."""
+        if fmt.block is None:
+            y = round_(self.x, fmt)
+            over = y.abs() > fmt.max
+            y = y.clamp(-fmt.max, fmt.max)
+        else:
+            scale = scales(fmt, self.line_amax if fmt.block else self.peak)[:, None]
+            y = round_(self.x * scale, fmt).clamp(-fmt.max, fmt.max) / scale
+            over = torch.zeros_like(self.nonzero)
+        noise = ((y - self.x) / self.unit).square()
+        zeroed, changed = (y == 0) & self.nonzero, y != self.x
+        columns = self.signal, noise, self.nonzero, zeroed, over, changed
+        return self.sum(*columns)
+
+    def sum(self, *columns: Tensor) -> list[list[float]]:
+        """Sum over the lines of each tensor."""
+        lines = [
+            c.sum(1) if c.is_floating_point() else c.count_nonzero(1) for c in columns
+        ]
+        sums = torch.zeros(self.count, len(lines), dtype=torch.float64)
+        sums.index_add_(0, self.owner, torch.stack([x.double() for x in lines], 1))
+        found: list[list[float]] = sums.tolist()
+        return found
+
+
+def _stats(fmt: Format, row: Row, found: list[list[float]]) -> dict[str, float | None]:
+    """Return the shares of a row from the sums of its tensors."""
+    signal, noise, nonzero, zeroed, over, changed = map(sum, zip(*found, strict=True))
+    share, size = over / max(nonzero, 1), max(math.prod(row.shape), 1)
+    if fmt.block is None and row.amax >= fmt.overflow:
+        share = max(share, 1 / size)  # it need not be in the sample
+    stats: dict[str, float | None] = {
+        "underflow": zeroed / max(nonzero, 1),
+        "overflow": share,
+        "sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None,
+    }
+    if row.is_integer and row.kind in {"input", "output", "weight"}:
+        stats["integers_lost"] = changed / max(nonzero, 1)
+    return stats
+
+
+def gather(tensors: list[Tensor]) -> Tensor:
+    """Join tensors of any device on the CPU, in float64."""
+    if len({(t.device, t.dtype) for t in tensors}) > 1:
+        tensors = [t.cpu().double() for t in tensors]
+    if tensors[0].dim() == 1:
+        return torch.stack(tensors).cpu().double()
+    return torch.cat(tensors).cpu().double()
+
+
+def tensors_in(
+    things: object, place: str = "", *, every: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor with fractions (or ``every``) in a nest, and its place."""
+    inner: Iterable[tuple[object, object]] = ()
+    if isinstance(things, Tensor):
+        has_fraction = things.is_floating_point() or things.is_complex()
+        if every or (has_fraction and things.numel()):
+            yield place, things
+    elif isinstance(things, dict):
+        inner = things.items()
+    elif isinstance(things, (list, tuple)):
+        inner = [("", things[0])] if len(things) == 1 else enumerate(things)
+    elif is_dataclass(things) and not isinstance(things, type):
+        inner = [(f.name, getattr(things, f.name)) for f in fields(things)]
+    for key, thing in inner:
+        yield from tensors_in(thing, f"{place}.{key}".strip("."), every=every)
+
+
+def _real(x: Tensor) -> Tensor:
+    x = x.detach()
+    x = x.to_dense() if x.layout != torch.strided else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -1,0 +1,146 @@
+"""Run a step, take an optimizer's next step on a copy, and leave no trace."""
+
+import copy
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .samples import tensors_in
+
+
+def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> Any:  # noqa: ANN401
+    """Call the model and the loss function as `precision_report` says."""
+    names = _names(loss_fn)
+    if names[:1] == ["model"] and loss_fn is not None:
+        return loss_fn(model, batch)
+    if isinstance(batch, dict):
+        output, target = model(**batch), batch
+    elif isinstance(batch, (tuple, list)):
+        inputs = batch if loss_fn is None or len(batch) == 1 else batch[:-1]
+        output, target = model(*inputs), batch[-1]
+    else:
+        output, target = model(batch), batch
+    if loss_fn is None:
+        found = output.get("loss") if isinstance(output, dict) else output
+        return getattr(found, "loss", found)
+    if len(names) == 1:
+        return loss_fn(output)
+    return loss_fn(output, batch if names[1:2] == ["batch"] else target)
+
+
+def _names(loss_fn: Any) -> list[str]:  # noqa: ANN401
+    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    try:
+        found = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):  # None, or written in C
+        return []
+    by_place = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found):
+        return []
+    return [p.name for p in found if p.kind in by_place]
+
+
+def next_step(optimizer: Optimizer, parameters: list[Tensor]) -> dict[int, Tensor]:
+    """Take an optimizer's next step on a copy; return what it adds, by parameter id."""
+    twins = {id(p): p.detach().clone().requires_grad_() for p in parameters}
+    for parameter in parameters:
+        twins[id(parameter)].grad = parameter.grad
+    twin = copy.deepcopy(optimizer, dict(twins))
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        getattr(twin, name, {}).clear()
+    # A scheduler puts a `step` of the original on the instance; this is the class's.
+    type(twin).step(twin)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        id(p): twins[id(p)].detach() - p.detach()
+        for p in parameters
+        if id(p) in stepped
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], None]]:
+    """Put everything back at the end.
+
+    Parameters, buffers, attributes and hooks of modules; tensors among ``others``, the
+    batch; every ``.grad``; random states.
+
+    Yields:
+        What to call with the loss before backward.
+    """
+    roots = [model, *(m for m in others if isinstance(m, nn.Module))]
+    modules = [module for root in roots for module in root.modules()]
+    inner = ("_parameters", "_buffers", "_modules")
+    attributes = [
+        (m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in inner}) for m in modules
+    ]
+    owned = [t for r in roots for t in (*r.parameters(), *r.buffers())]
+    owned += [t for _, t in tensors_in(others, every=True)]
+    values = [(t, t.detach().clone()) for t in {id(t): t for t in owned}.values()]
+    grads: dict[int, tuple[Tensor, Tensor | None, Any]] = {}
+
+    def set_aside(tensor: Tensor) -> None:
+        if tensor.is_leaf and tensor.requires_grad and id(tensor) not in grads:
+            grads[id(tensor)] = tensor, tensor.grad, tensor._post_accumulate_grad_hooks
+            tensor.grad = None
+            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+
+    def prepare(loss: Tensor) -> None:
+        for tensor in (*owned, *_leaves(loss)):
+            set_aside(tensor)
+
+    random_states = _random_states()
+    try:
+        yield prepare
+    finally:
+        for restore, state in random_states:
+            restore(state)
+        for module, outer, dicts in attributes:
+            for name, saved in dicts.items():
+                outer[name].clear()
+                outer[name].update(saved)
+            module.__dict__.clear()
+            module.__dict__.update(outer)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+        for tensor, grad, called in grads.values():
+            tensor.grad = grad
+            tensor._post_accumulate_grad_hooks = called
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield every tensor that backward would leave a gradient in."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            waiting += [following for following, _ in node.next_functions]
+
+
+def _random_states() -> list[tuple[Callable[[Any], object], Any]]:
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (random.setstate, random.getstate()),
+        (torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_available():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    return states

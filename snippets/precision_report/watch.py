@@ -1,0 +1,334 @@
+"""Watch one step: modules by hooks, and each operation of the forward pass."""
+
+import math
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .formats import FORMATS
+from .report import Constant, Row
+from .samples import Samples, Value, tensors_in
+from .step import call, next_step
+
+# What autocast runs in 16 bits, and what in FP32 whatever comes (CUDA's lists), as ATen
+# calls it. All else is in 16 bits if all tensors that go in are.
+_LOWERS = {
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "addmv", "mv", "addr", "linear", "dot",
+    "matmul", "convolution", "mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math",
+}  # fmt: skip
+_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"}
+_NORMS_FP32 = {"native_layer_norm", "native_group_norm", "_fused_rms_norm"}
+_RAISES = _NORMS_FP32 | {
+    "exp", "expm1", "log", "log2", "log10", "log1p", "pow", "rsqrt", "reciprocal",
+    "acos", "asin", "cosh", "sinh", "tan", "erfinv", "softplus", "_softmax", "sum",
+    "_log_softmax", "prod", "cumsum", "cumprod", "linalg_vector_norm", "norm", "dist",
+    "_cdist_forward", "mse_loss", "huber_loss", "smooth_l1_loss", "nll_loss_forward",
+    "nll_loss2d_forward", "binary_cross_entropy", "soft_margin_loss",
+}  # fmt: skip
+_FP16, _FP32 = FORMATS["float16"], torch.finfo(torch.float32)
+# A code that asks finfo for its mask or eps will ask again in another dtype.
+_ADAPTIVE = {_FP32.max, _FP32.tiny, _FP32.eps}
+_HERE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows each operation to a watch."""
+
+    def __init__(self, watch: "Watch") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        if not self.watch.is_busy:
+            self.watch.see(func, args, kwargs or {}, result)
+        return result
+
+
+class Watch:
+    """What is seen of one step."""
+
+    def __init__(self, model: nn.Module, progress: Callable[[str], None]) -> None:
+        self.model, self.progress = model, progress
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.samples = Samples()
+        self.constants: dict[Constant, None] = {}  # a set in order
+        self.notes: list[str] = []
+        self.is_busy = self.is_backward = False
+        self.handles = ExitStack()
+        self.running: list[nn.Module] = []
+        self.done = 0
+        self.values: dict[int, tuple[Any, Value]] = {}  # by storage, which views share
+        self.kinds: dict[Any, tuple[str, bool, bool]] = {}  # of operations
+        self.outputs: dict[tuple[str, str], Value] = {}
+        self.inside: list[tuple[str, str, tuple[int, ...], int, bool]] = []
+        self.order: list[tuple[str, str, int]] = []  # module, what, limits
+
+    @property
+    def module(self) -> str:
+        """The name of the module that runs."""
+        return self.names[id(self.running[-1])] if self.running else "(loss)"
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor: nothing yet, if it is new."""
+        storage = tensor.untyped_storage()
+        ref, value = self.values.get(storage._cdata, (None, None))
+        if ref is None or value is None or ref() is None:
+            value = Value()
+            self.values[storage._cdata] = weakref.ref(storage), value
+        return value
+
+    def limit(self, tensor: Tensor, value: Value, module: str, what: str) -> int:
+        """Return where the limits of a tensor are; take them if they are not known."""
+        if value.numel != tensor.numel():
+            value.numel, value.limits = tensor.numel(), self.samples.limit(tensor)
+            self.order.append((module, what, value.limits))
+        return value.limits
+
+    # -- forward
+
+    def forward(self, batch: Any, loss_fn: Callable[..., Any] | None) -> Tensor:  # noqa: ANN401
+        """Run the model and the loss; check that there is something to learn from.
+
+        Raises:
+            ValueError: One of them fails, or the loss is no scalar with gradients.
+            MemoryError: The host has no more.
+            torch.OutOfMemoryError: The device has no more.
+        """
+        self.progress("forward pass")
+        enter = hooks.register_module_forward_pre_hook(self.enter)
+        self.handles.callback(enter.remove)
+        leave = hooks.register_module_forward_hook(self.leave, with_kwargs=True)
+        self.handles.callback(leave.remove)
+        try:
+            with _Operations(self):
+                loss = call(self.model, batch, loss_fn)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            at = f"`{self.module}`" if self.module else "the model"
+            name = type(error).__name__
+            raise ValueError(
+                f"this batch does not fit the model and loss_fn: {at} raises {name}: "
+                f"{error}"
+            ) from error
+        if not isinstance(loss, Tensor):
+            got = type(loss).__name__
+            raise ValueError(f"the loss must be a scalar tensor, got {got}")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            got = f"shape {tuple(loss.shape)} in {loss.dtype}"
+            raise ValueError(f"the loss must be a scalar, got {got}: take the mean")
+        if not loss.requires_grad:
+            raise ValueError("the loss has no gradients: no trained parameter is in it")
+        return loss
+
+    def enter(self, module: nn.Module, args: object) -> None:
+        """Take what goes into a module, before it can change it."""
+        if id(module) not in self.names:
+            return
+        self.running.append(module)
+        if self.is_shown(module) and not self.is_backward:
+            self.show(module, "input", args)
+
+    def leave(
+        self, module: nn.Module, _: object, kwargs: object, output: object
+    ) -> None:
+        """Take what comes out, and ask for its gradient."""
+        if id(module) not in self.names:
+            return
+        while self.running and self.running.pop() is not module:
+            pass  # what it called ended with an error that it caught
+        if not self.is_shown(module):
+            return
+        if not self.is_backward:
+            self.show(module, "input", kwargs)
+            self.show(module, "output", output)
+            self.done += 1
+            self.progress(f"forward pass, {self.done} modules")
+        name = self.names[id(module)]
+        for place, tensor in tensors_in(output):
+            if tensor.requires_grad:
+                # In a reentrant checkpoint the first pass has no gradients.
+                value = self.outputs.get((name, place)) or self.value(tensor)
+                row = Row(name, "grad_output", place, (), layer=type(module).__name__)
+                self.follow(tensor, row, value)
+
+    def is_shown(self, module: nn.Module) -> bool:
+        """Whether a module has rows: it has parameters of its own, or no modules."""
+        return bool(module._parameters or not module._modules or module is self.model)
+
+    def show(self, module: nn.Module, kind: str, things: object) -> None:
+        """Take the tensors in ``things`` for a module's rows."""
+        self.is_busy = True
+        name, layer = self.names[id(module)], type(module).__name__
+        for place, tensor in tensors_in(things):
+            value = self.value(tensor)
+            if kind == "output":
+                self.outputs[name, place] = value
+            row = Row(name, kind, place, tuple(tensor.shape), layer=layer)
+            self.take(row, tensor, value)
+        self.is_busy = False
+
+    def take(self, row: Row, tensor: Tensor, value: Value) -> None:
+        """Take a tensor whose numbers are those of ``value``, once."""
+        limits = self.limit(tensor, value, row.module, row.kind)
+        self.samples.take(row, tensor, value, limits)
+
+    def follow(self, tensor: Tensor, row: Row, value: Value) -> None:
+        """Take the gradient of a tensor when it comes."""
+
+        def hook(grad: Tensor) -> None:
+            row.shape = tuple(grad.shape)
+            limits = self.samples.limit(grad)
+            self.order.append((row.module, row.kind, limits))
+            self.samples.take(row, grad, value, limits)
+
+        self.handles.callback(tensor.register_hook(hook).remove)  # type: ignore[no-untyped-call]
+
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
+        """Follow values through an operation; take its range and its constants."""
+        if func not in self.kinds:
+            name = func.overloadpacket.__name__
+            aliases = [a.alias_info for a in func._schema.arguments if a.alias_info]
+            is_view = bool(aliases) and not any(a.is_write for a in aliases)
+            self.kinds[func] = name, is_view, "empty" in name
+        name, is_view, is_empty = self.kinds[func]
+        outs = [t for _, t in tensors_in(result)]
+        if is_empty or not outs:
+            return
+        if is_view:
+            return
+        ins = [(self.value(t), t.dim()) for _, t in tensors_in(args)]
+        if name in _LOWERS:
+            for value, _ in ins:
+                value.cast = True
+        low = self.is_low(name, ins)
+        is_norm = name in _NORMS or name in _NORMS_FP32
+        self.is_busy = True
+        for out in outs[:1] if is_norm else outs:  # statistics stay in FP32
+            value, storage = Value(low=low), out.untyped_storage()
+            self.values[storage._cdata] = weakref.ref(storage), value
+            limits = self.limit(out, value, self.module, name)
+            self.inside.append((self.module, name, tuple(out.shape), limits, low))
+        if not is_norm:
+            for number in (*args, *kwargs.values()):
+                if isinstance(number, float) and abs(number) not in _ADAPTIVE:
+                    self.weigh(number, name, outs[0], low=low)
+        self.is_busy = False
+
+    def is_low(self, name: str, ins: list[tuple[Value, int]]) -> bool:
+        """Say whether autocast would have the result in 16 bits."""
+        if name in _LOWERS:
+            return True
+        if name in _RAISES or not ins:
+            return False
+        if name in _NORMS:
+            return ins[0][0].low
+        wide = [value.low for value, dim in ins if dim]
+        return all(wide or [value.low for value, _ in ins])
+
+    def weigh(self, number: float, name: str, out: Tensor, *, low: bool) -> None:
+        """Note a constant that FP16 makes 0 or Inf, and whether that is felt."""
+        size = abs(number)
+        if size >= _FP16.overflow and math.isfinite(size):
+            bites = True
+        elif 0 < size <= _FP16.zero and not name.startswith(("mul", "div")):
+            bites = bool(((out.abs() <= _FP16.zero) & (out != 0)).any())
+        else:
+            return
+        where, frame = "", sys._getframe(2)
+        while frame.f_back and not where:
+            if not frame.f_code.co_filename.startswith(_HERE):
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            frame = frame.f_back
+        constant = Constant(number, self.module, name, where, low, bites)
+        self.constants[constant] = None
+
+    # -- backward, and what follows from it
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward, and take weights, buffers and their gradients."""
+        self.progress("backward pass")
+        self.is_backward = True
+        torch.autograd.backward(loss)
+        self.handles.close()
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point() and buffer.numel():
+                self.take(self.row(name, "weight", buffer), buffer, self.value(buffer))
+        for name, parameter in self.model.named_parameters():
+            value = self.value(parameter)
+            if not parameter.numel():
+                continue
+            self.take(self.row(name, "weight", parameter), parameter, value)
+            if parameter.grad is not None:
+                row = self.row(name, "grad_weight", parameter)
+                limits = self.samples.limit(parameter.grad)
+                self.order.append((row.module, row.kind, limits))
+                self.samples.take(row, parameter.grad, value, limits)
+            elif parameter.requires_grad:
+                self.notes.append(f"no gradient in this step: {name}")
+
+    def row(self, name: str, kind: str, tensor: Tensor) -> Row:
+        """Make the row of a parameter or buffer."""
+        module, _, own = name.rpartition(".")
+        layer = type(self.model.get_submodule(module)).__name__
+        return Row(module, kind, own, tuple(tensor.shape), layer=layer)
+
+    def updates(self, lr: float, optimizer: Optimizer | None) -> str:
+        """Take what a step adds to each weight; say by which hypothesis."""
+        self.progress("updates")
+        parameters = {n: p for n, p in self.model.named_parameters() if p.numel()}
+        steps = next_step(optimizer, list(parameters.values())) if optimizer else {}
+        for name, parameter in parameters.items():
+            if parameter.grad is None or (optimizer and id(parameter) not in steps):
+                continue
+            if optimizer:
+                update = self.samples.pick(steps[id(parameter)])
+            else:
+                update = -lr * self.samples.pick(parameter.grad).sign()
+            row = self.row(name, "update", parameter)
+            self.samples.update(row, update, self.samples.pick(parameter))
+        if optimizer:
+            return f"the next step of this {type(optimizer).__name__}"
+        return f"AdamW's first step with lr={lr:g}"
+
+    def close(self, formats: tuple[str, ...], loss: float) -> tuple[list[Row], str]:
+        """Return all rows, and where FP32 itself fails first."""
+        self.progress("rounding")
+        rows, limits = self.samples.close(formats)
+        largest = {i: max(map(abs, pair)) for i, pair in enumerate(limits)}
+        inside: dict[tuple[str, str, bool], Row] = {}
+        for module, name, shape, at, low in self.inside:
+            amax, is_shown = largest[at], at in self.samples.picked
+            if _FP16.overflow <= amax < _FP32.max and not is_shown:
+                new = Row(module, "inside", name, shape, low=low)
+                row = inside.setdefault((module, name, low), new)
+                row.amax, row.calls = max(row.amax, amax), row.calls + 1
+        for row in inside.values():
+            one = 1 / max(math.prod(row.shape), 1)
+            for name in formats:
+                fmt = FORMATS[name]
+                fits = fmt.block is not None or row.amax < fmt.overflow
+                row.formats[name] = {"overflow": 0.0 if fits else one}
+        rows += inside.values()
+        grads = [row for row in rows if row.kind == "grad_weight"]
+        if math.isfinite(loss) and all(row.is_finite for row in grads):
+            return rows, ""
+        for module, what, at in self.order:
+            least, most = limits[at]
+            # -Inf alone can be a mask's, which softmax makes a zero.
+            if math.isnan(least) or most == math.inf:
+                return rows, f"`{module or 'model'}` ({what})"
+        return rows, "`(loss)`"
