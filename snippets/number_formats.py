@@ -473,7 +473,8 @@ def _exponent(x: Tensor) -> Tensor:
 
 
 def _float64(x: Tensor | float) -> Tensor:
-    if isinstance(x, Tensor) and x.is_floating_point():
+    packed = getattr(torch, "float4_e2m1fn_x2", None)  # two codes in a byte
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != packed:
         return x.detach().double().contiguous()
     if not isinstance(x, (int, float)) or isinstance(x, bool):
         got = getattr(x, "dtype", type(x).__name__)

@@ -747,6 +747,11 @@ X = torch.ones(32)
         (call(encode, [1.0], "tf32"), TypeError, "got list"),
         (call(encode, True, "tf32"), TypeError, "got bool"),
         (call(ulp, "1", "tf32"), TypeError, "got str"),
+        (
+            call(encode, X[:4].byte().view(torch.float4_e2m1fn_x2), "float4_e2m1fn"),
+            TypeError,
+            "got torch.float4_e2m1fn_x2",
+        ),
         (call(neighbours, X.bool(), "tf32"), TypeError, "got torch.bool"),
         (
             call(encode, X, "float4_e2m1fn", overflow="ieee"),
