@@ -91,8 +91,7 @@ def quantize_blockwise(
         ``codes``, uint8 in the shape of ``x``, and ``absmax``, float32, one a block.
 
     Raises:
-        ValueError: ``code``, ``block_size`` or ``lookup`` is not allowed; another dtype
-            is a TypeError.
+        ValueError: An argument is not allowed; another dtype is a TypeError.
 
     Example:
         >>> codes, absmax = quantize_blockwise(torch.tensor([0.0, -1.5, 3.0]))
@@ -129,8 +128,8 @@ def dequantize_blockwise(
     _check_dtype("absmax", absmax.dtype, torch.float32)
     _check_dtype("dtype", dtype, *_FLOATS)
     code = _check_code(code, codes.device)
-    count = -(-codes.numel() // _check_count("block_size", block_size, 1))
-    if absmax.shape != (count,):
+    _check_count("block_size", block_size, 1)
+    if absmax.shape != (count := -(-codes.numel() // block_size),):
         got = tuple(absmax.shape)
         raise ValueError(f"{count} blocks need absmax of shape ({count},), got {got}")
     return _dequantize(codes.detach(), absmax, code, block_size).to(dtype)
@@ -151,10 +150,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Args:
         params: Parameters, named parameters or groups, as for any optimizer.
-        lr: Learning rate, finite, >= 0; a float or a tensor.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root of the second moment, finite, >= 0.
-        weight_decay: Finite, >= 0: each step multiplies by ``1 - lr * weight_decay``.
+        lr: As in `torch.optim.AdamW`, a float or a tensor; finite, >= 0.
+        betas: As there, each in [0, 1).
+        eps: As there, finite, >= 0.
+        weight_decay: As there, finite, >= 0.
         block_size: How many values share a scale, >= 1; for states begun from then on.
         min_8bit_size: Of how many values a parameter has a state in 8 bits, >= 0.
         optim_bits: 8, or 32 for float32 moments; groups may differ.
@@ -189,12 +188,15 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(params, defaults | {"optim_bits": optim_bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, or raise what the constructor raises and add nothing."""
+        """Add a group, or raise what the constructor raises and add nothing."""  # noqa: DOC501
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         _check_settings(self.defaults | param_group)
         for item in given:
-            _check_param(item[1] if isinstance(item, tuple) else item)
+            p = item[1] if isinstance(item, tuple) else item
+            _check_dtype("parameters", getattr(p, "dtype", _FLOATS[0]), *_FLOATS)
+            if hasattr(p, "to_local"):
+                raise TypeError("blocks are not sharded: no DTensor (FSDP2) parameters")
         super().add_param_group({**param_group, "params": given})
 
     @torch.no_grad()
@@ -219,35 +221,32 @@ class AdamW8bit(torch.optim.Optimizer):
         devices = {p.device for p, _ in pairs}
         maps = {device: [_map(k, device) for k in _MOMENTS] for device in devices}
         for p, group in pairs:
-            self._update(p, p.grad, group, maps[p.device])
+            self._update(p, group, maps[p.device])
         return loss
 
-    def _update(
-        self, p: Tensor, grad: Tensor, group: dict[str, Any], maps: list[Tensor]
-    ) -> None:
+    def _update(self, p: Tensor, group: dict[str, Any], maps: list[Tensor]) -> None:
         state = self.state[p]
         if not state:
             state.update(_new_state(p, group))
         state["step"] += 1
         # Views of what is contiguous, copies of what is not.
-        weight, grad = p.detach().reshape(-1), grad.reshape(-1)
-        stored = [_stored(state, name) for name in _MOMENTS]
+        flat = [t.reshape(-1) for t in (p.detach(), p.grad) if t is not None]
+        stored = [state[name].view(-1) for name in _MOMENTS]
         if "absmax" not in state:
-            moments = [tensors[0].view(-1) for tensors in stored]
-            _adamw(weight, grad, moments, state, group)
+            _adamw([*flat, *stored], state, group)
         else:
-            size = state["block_size"]
+            size, absmax = state["block_size"], list(state["absmax"].values())
             count = max(_PIECE // size, 1)  # blocks at a time
-            for first in range(0, -(-p.numel() // size), count):
+            for first in range(0, len(absmax[0]), count):
                 few = slice(first, first + count)
                 part = slice(first * size, (first + count) * size)
-                old = [(codes.view(-1)[part], absmax[few]) for codes, absmax in stored]
+                old = [(stored[i][part], absmax[i][few]) for i in (0, 1)]
                 moments = [_dequantize(*old[i], maps[i], size) for i in (0, 1)]
-                _adamw(weight[part], grad[part], moments, state, group)
+                _adamw([*(t[part] for t in flat), *moments], state, group)
                 for i in (0, 1):
                     _copy(_quantize(moments[i], maps[i], size), old[i])
         if not p.is_contiguous():
-            p.copy_(weight.view(p.shape))
+            p.copy_(flat[0].view(p.shape))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as it is, where torch would cast it to the parameter's dtype.
@@ -304,15 +303,10 @@ def _dequantize(codes: Tensor, absmax: Tensor, code: Tensor, size: int) -> Tenso
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
-def _adamw(
-    weight: Tensor,
-    grad: Tensor,
-    moments: list[Tensor],
-    state: dict[str, Any],
-    group: dict[str, Any],
-) -> None:
-    (exp_avg, exp_avg_sq), (beta1, beta2) = moments, group["betas"]
-    lr, grad, wide = float(group["lr"]), grad.float(), weight.float()
+def _adamw(tensors: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> None:
+    weight, grad, exp_avg, exp_avg_sq = tensors
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    grad, wide = grad.float(), weight.float()
     wide.mul_(1 - lr * group["weight_decay"])
     if "absmax" in state:  # the last bit is bitsandbytes'
         exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -350,23 +344,15 @@ def _stored(state: dict[str, Any], name: str) -> list[Tensor]:
     return [state[name], *(state["absmax"][name] for _ in state.keys() & {"absmax"})]
 
 
-def _check_count(name: str, value: object, least: int) -> int:
+def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return value
 
 
 def _check_dtype(name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
     if dtype not in allowed:
         names = " or ".join(map(str, allowed))
         raise TypeError(f"{name} must be {names}, got {dtype}")
-
-
-def _check_param(p: object) -> None:
-    if isinstance(p, Tensor):  # torch refuses others
-        _check_dtype("parameters", p.dtype, *_FLOATS)
-    if hasattr(p, "to_local"):
-        raise TypeError("blocks are not sharded: no DTensor (FSDP2) parameters")
 
 
 def _check_code(code: Tensor | None, device: torch.device) -> Tensor:
