@@ -18,6 +18,7 @@ The script and its style are loaded by pages with this directive only.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 from html import escape
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -83,12 +84,14 @@ def rows(number: float) -> Iterator[Row]:
 
 
 def written(number: float) -> str:
-    """Write an error: three digits, with a sign."""
+    """Write an error: three digits, ties up as JavaScript has them, with a sign."""
     if number == 0:
         return "0"
-    head, power = f"{abs(number):.2e}".split("e")
-    e = int(power)
-    plain = f"{abs(number):.{2 - e}f}" if -4 <= e < 3 else f"{head}e{e}"
+    with localcontext(rounding=ROUND_HALF_UP):
+        size = Decimal(abs(number))
+        head, power = f"{size:.2e}".split("e")
+        e = int(power)
+        plain = f"{size:.{2 - e}f}" if -4 <= e < 3 else f"{head}e{e}"
     return (_MINUS if number < 0 else "+") + plain.replace("e-", f"e{_MINUS}")
 
 

@@ -551,9 +551,16 @@
   /** The same in Python: an expression for a reader to run. */
   function inPython(state, x, code, format) {
     const name = JSON.stringify(format.name);
-    if (code !== null) return `decode(torch.tensor(${hexOf(code, format)}), ${name})`;
+    if (code !== null) {
+      // An int64 holds the codes of float64, those of negative numbers as negative ones.
+      const wraps = code >= SIGN;
+      const spelled = hexOf(wraps ? 2n * SIGN - code : code, format);
+      return `decode(torch.tensor(${wraps ? "-" : ""}${spelled}), ${name})`;
+    }
     const finite = absolute(x) < INF;
-    const number = finite ? shortest(x).replace(/^-0$/, "-0.0") : `float("${shortest(x)}")`;
+    // With a point it is a float: torch takes no integer of more than 64 bits.
+    const decimal = shortest(x).replace(/^-?\d+$/, "$&.0");
+    const number = finite ? decimal : `float("${shortest(x)}")`;
     const rounding = state.rounding === "nearest" ? "" : `, "${state.rounding}"`;
     const ieee = state.overflow === "ieee" && format.hasNaN;
     return `round_to(${number}, ${name}${rounding}${ieee ? ', overflow="ieee"' : ""})`;
@@ -645,6 +652,7 @@
       root.classList.add("hb-explorer--live");
       addEventListener("hashchange", () => this.restore(location.hash));
       const query = location.hash.includes("=") ? location.hash : location.search;
+      this.address = location.hash;
       if (query.includes("=")) this.restore(query);
       else this.render();
     }
@@ -703,7 +711,7 @@
 
       this.bits = make("div", { class: `${within}bits`, role: "toolbar" });
       this.bits.addEventListener("keydown", (event) => this.moveByKey(event));
-      this.value = make("output", { class: `${within}value`, for: "explorer-number" });
+      this.value = make("strong", { class: `${within}value` });
       this.badge = make("span", { class: `${within}badge` });
       this.formula = make("span", { class: `${within}formula`, "aria-hidden": "true" });
       this.headline = make(
@@ -872,7 +880,8 @@
 
     save() {
       clearTimeout(this.later);
-      if (!this.known) return;
+      // An address that is new is the reader's wish: its event is on the way.
+      if (!this.known || location.hash !== this.address) return;
       const fragment = toFragment(this.state, this.usual);
       if (location.hash === fragment) return;
       try {
@@ -880,10 +889,13 @@
       } catch {
         location.hash = fragment; // a browser that keeps files from doing that
       }
+      this.address = location.hash;
     }
 
     /** Take the state of an address; a fragment without "=" is a place on the page. */
     restore(address) {
+      clearTimeout(this.later);
+      this.address = location.hash;
       if (!address.includes("=")) return;
       const isFragment = address.startsWith("#");
       const found = fromAddress(
