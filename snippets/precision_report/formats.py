@@ -17,7 +17,7 @@ class Format(NamedTuple):
 
     @property
     def overflow(self) -> float:
-        """The smallest number that rounds beyond the largest."""
+        """Half a step beyond the largest number: from here IEEE's formats have Inf."""
         return self.max + 2.0 ** (math.frexp(self.max)[1] - 2 - self.mantissa_bits)
 
     @property

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-from .formats import FORMATS, MODES, Format, Mode
+from .formats import FORMATS, MODES, Format, Mode, round_
 from .report import (
     HIGH,
     LEVELS,
@@ -24,6 +25,7 @@ SOME, MANY = 0.05, 0.25
 LOST = 0.5  # of all updates of a step: most weights stand still
 FORWARD = ("input", "weight", "output", "inside")
 GRADS = ("grad_output", "grad_weight")
+_LINEAR = {"Linear", "NonDynamicallyQuantizableLinear"}  # the second is attention's
 
 # What to do, and the page that explains.
 _FIXES = {
@@ -35,7 +37,7 @@ _FIXES = {
     "integers": ("pass whole numbers as int64", "guide/mixed_precision"),
     "constant": ("choose it by torch.finfo(x.dtype)", "guide/selective_precision"),
     "fp8": ("keep this layer in BF16, or give scales to blocks", "guide/fp8"),
-    "shape": ("pad it, or keep this layer in BF16", "guide/fp8"),
+    "shape": ("pad it, or leave this layer in BF16", "guide/fp8"),
     "fp32": ("repair FP32 first", "guide/precision_report"),
 }
 
@@ -178,27 +180,30 @@ class _Judge:
                 self.find("caution", "updates", text, own[0], share)
 
     def adam(self, optimizer: Optimizer | None) -> None:
-        """Look for AdamW's two ways to divide by zero in FP16."""
+        """Look for squared gradients that are zero where Adam divides by their root."""
         groups: list[dict[str, Any]] = [{"eps": 1e-8, "betas": (0.9, 0.999)}]
         if optimizer:
             groups = [g for g in optimizer.param_groups if {"eps", "betas"} <= g.keys()]
             if not groups or not type(optimizer).__module__.startswith("torch.optim"):
                 return  # others may keep their states in FP32
         eps = min(group["eps"] for group in groups)
-        if eps > self.fmt.zero:
-            return
         beta = max(group["betas"][1] for group in groups)
-        # exp_avg_sq is (1 - beta) * grad**2 after a step.
-        first, least = _least(self.fmt), math.log2(self.fmt.zero / (1 - beta)) / 2
-        below = above = 0
-        for row in self.rows("grad_weight"):
-            below += sum(row.histogram[first - LOW : math.floor(least) - LOW])
-            above += sum(row.histogram[math.floor(least) - LOW :])
+        # exp_avg_sq is (1 - beta) * grad**2 after a step. Where that is 0, the update
+        # is lr * grad / eps, so it hurts if grad is much larger than eps.
+        least = _least(self.fmt)
+        if eps > self.fmt.zero:
+            least = max(least, math.ceil(math.log2(eps)) + 3)
+        enough = math.floor(math.log2(self.fmt.zero / (1 - beta)) / 2)
+        rows = list(self.rows("grad_weight"))
+        below = sum(
+            sum(r.histogram[least - LOW : max(enough, least) - LOW]) for r in rows
+        )
         if below:
-            share = below / (below + above)
+            share = below / sum(sum(r.histogram) for r in rows)
             text = (
-                f"Adam divides by zero: in {self.mode.compute} eps={eps:g} is 0, and "
-                f"so are {percent(share)} of the squared gradients"
+                f"Adam divides by eps={eps:g}, in {self.mode.compute} "
+                f"{round_(torch.tensor(eps).double(), self.fmt).item():g}, where the "
+                f"squared gradient is 0: {percent(share)}"
             )
             self.find("unsafe", "adam", text, None, share)
 
@@ -206,16 +211,24 @@ class _Judge:
         """Look at what the linear layers multiply."""
         formats = dict.fromkeys(("input", "weight"), self.mode.forward)
         formats["grad_output"] = self.mode.grad
-        for row in self.report.rows:
-            if row.layer not in {"Linear", "NonDynamicallyQuantizableLinear"}:
-                continue
-            if row.kind in formats and row.tensor != "bias":
+        linear = [r for r in self.report.rows if r.layer in _LINEAR]
+        block = FORMATS[self.mode.forward].block or 16
+        unfit = {}
+        for row in linear:
+            rows, columns = math.prod(row.shape[:-1]), row.shape[-1]
+            is_weight = row.kind == "weight" and row.tensor != "bias"
+            if (is_weight or row.kind == "input") and (
+                columns % block or rows % (block if is_weight else block // 16 * 8)
+            ):
+                text = (
+                    f"`{row.module}` {row.kind} is {rows} x {columns}, not in {block}s"
+                )
+                unfit[row.module] = text
+        for row in linear:
+            if row.module not in unfit and row.kind in formats and row.tensor != "bias":
                 self.share(row, formats[row.kind], "underflow", "fp8", "underflows")
-            if row.kind == "weight" and len(row.shape) == 2:
-                block = FORMATS[self.mode.forward].block or 16
-                if any(size % block for size in row.shape):
-                    text = f"`{row.module}` is {row.shape}, no multiples of {block}"
-                    self.find("safe", "shape", text, row)
+        for text in unfit.values():
+            self.find("safe", "shape", text)
 
     def verdict(self, scale: tuple[int, int] | None) -> Verdict:
         """Sum up."""

@@ -18,36 +18,35 @@ from .samples import tensors_in
 def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> Any:  # noqa: ANN401
     """Call the model and the loss function as `precision_report` says."""
     names = _names(loss_fn)
-    if names[:1] == ["model"] and loss_fn is not None:
+    if loss_fn is not None and names[:1] == ["model"]:
         return loss_fn(model, batch)
+    has_target = isinstance(batch, (tuple, list)) and len(batch) > 1
     if isinstance(batch, dict):
         output, target = model(**batch), batch
     elif isinstance(batch, (tuple, list)):
-        inputs = batch if loss_fn is None or len(batch) == 1 else batch[:-1]
+        inputs = batch[:-1] if has_target and loss_fn is not None else batch
         output, target = model(*inputs), batch[-1]
     else:
         output, target = model(batch), batch
     if loss_fn is None:
         found = output.get("loss") if isinstance(output, dict) else output
         return getattr(found, "loss", found)
-    if len(names) == 1:
+    if len(names) == 1 or not (names or has_target):
         return loss_fn(output)
     return loss_fn(output, batch if names[1:2] == ["batch"] else target)
 
 
 def _names(loss_fn: Any) -> list[str]:  # noqa: ANN401
+    """Return the parameters of a function; none where it is written in C."""
     called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
     try:
-        found = list(inspect.signature(called).parameters.values())
-    except (TypeError, ValueError):  # None, or written in C
+        found = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):
         return []
-    by_place = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found):
-        return []
-    return [p.name for p in found if p.kind in by_place]
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    names = [p.name for p in found if p.kind not in by_name]
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found)
+    return [*names, "more"] if several else names
 
 
 def next_step(optimizer: Optimizer, parameters: list[Tensor]) -> dict[int, Tensor]:

@@ -242,9 +242,11 @@ class Watch:
     def weigh(self, number: float, name: str, out: Tensor, *, low: bool) -> None:
         """Note a constant that FP16 makes 0 or Inf, and whether that is felt."""
         size = abs(number)
+        if name.startswith(("mul", "div")):
+            return  # the product is rounded, not the constant
         if size >= _FP16.overflow and math.isfinite(size):
             bites = True
-        elif 0 < size <= _FP16.zero and not name.startswith(("mul", "div")):
+        elif 0 < size <= _FP16.zero:
             bites = bool(((out.abs() <= _FP16.zero) & (out != 0)).any())
         else:
             return
@@ -321,7 +323,12 @@ class Watch:
             for name in formats:
                 fmt = FORMATS[name]
                 fits = fmt.block is not None or row.amax < fmt.overflow
-                row.formats[name] = {"overflow": 0.0 if fits else one}
+                over = 0.0 if fits else one
+                row.formats[name] = {
+                    "underflow": 0.0,
+                    "overflow": over,
+                    "sqnr_db": None,
+                }
         rows += inside.values()
         grads = [row for row in rows if row.kind == "grad_weight"]
         if math.isfinite(loss) and all(row.is_finite for row in grads):

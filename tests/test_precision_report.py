@@ -1,0 +1,1178 @@
+"""Tests of snippets/precision_report, as read in guide/precision_report."""
+
+import copy
+import dataclasses
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from snippets import fp8 as te
+from snippets import number_formats as nf
+from snippets.precision_report import (
+    FORMATS,
+    MODES,
+    PrecisionReport,
+    Row,
+    precision_report,
+)
+from snippets.precision_report.__main__ import main
+from snippets.precision_report.formats import round_, scales
+from snippets.precision_report.judge import _FIXES
+from snippets.true_half import lost_updates
+
+ROOT = Path(__file__).parents[1]
+FP16, BF16 = torch.float16, torch.bfloat16
+Batch = tuple[Any, ...]
+Loss = Callable[[Any, Any], Tensor]
+
+
+# ----------------------------------------------------------- training in a precision
+
+
+class Case(NamedTuple):
+    """What a run needs: its loss, and what is asked of it where that is not the loss."""
+
+    model: nn.Module
+    batch: Batch
+    loss: Loss = F.mse_loss
+    optimizer: Callable[[Any], Optimizer] | None = None  # AdamW with lr
+    lr: float = 1e-2
+    score: Loss | None = None
+    steps: int = 40
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """Make the optimizer over what trains."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return (self.optimizer or (lambda p: AdamW(p, self.lr)))(parameters)
+
+    def report(self, **options: Any) -> PrecisionReport:  # noqa: ANN401
+        """Ask about this case."""
+        optimizer = self.make_optimizer(self.model) if self.optimizer else None
+        return precision_report(
+            self.model,
+            self.batch,
+            self.loss,
+            lr=self.lr,
+            optimizer=optimizer,
+            **options,
+        )
+
+
+def in_fp8(model: nn.Module) -> nn.Module:
+    """Put the emulator's linear layers in the place of torch's, with their weights."""
+    for name, child in model.named_children():
+        fits = isinstance(child, nn.Linear) and not any(
+            n % 32 for n in child.weight.shape
+        )
+        if isinstance(child, nn.Linear) and fits:
+            linear = te.Linear(
+                child.in_features, child.out_features, bias=child.bias is not None,
+                params_dtype=torch.float32, device="cpu",
+            )  # fmt: skip
+            linear.load_state_dict(child.state_dict(), strict=False)
+            for mine, theirs in zip(
+                linear.parameters(), child.parameters(), strict=True
+            ):
+                mine.requires_grad_(theirs.requires_grad)
+            setattr(model, name, linear)
+        else:
+            in_fp8(child)
+    return model
+
+
+RECIPES: dict[str, Callable[[], te.Recipe]] = {
+    "fp8-delayed": te.DelayedScaling,
+    "fp8-current": te.Float8CurrentScaling,
+    "mxfp8": te.MXFP8BlockScaling,
+}
+
+
+def train(case: Case, mode: str, scale: float | None = None) -> float:
+    """Really train in a mode; return by what share of FP32's first score it fell.
+
+    NaN where a number of the way is NaN or Inf. ``scale`` is the first loss scale.
+    """
+    torch.manual_seed(1)
+    model, batch = copy.deepcopy(case.model), case.batch
+    context: Callable[[], Any] = nullcontext
+    if mode.endswith("mixed"):
+        dtype = FP16 if mode == "16-mixed" else BF16
+        context = lambda: torch.autocast("cpu", dtype)  # noqa: E731
+    elif mode.endswith("-true") and mode != "32-true":
+        dtype = FP16 if mode == "16-true" else BF16
+        model = model.to(dtype)
+        batch = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
+    elif mode in RECIPES:
+        model, recipe = in_fp8(model), RECIPES[mode]()
+        context = lambda: te.autocast(enabled=True, recipe=recipe)  # noqa: E731
+    optimizer = case.make_optimizer(model)
+    scaler = GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    score = case.score or case.loss
+    with torch.no_grad():
+        first = score(case.model(*case.batch[:-1]), case.batch[-1]).item()
+    scores = []
+    for _ in range(case.steps):
+        optimizer.zero_grad()
+        with context():
+            output = model(*batch[:-1])
+            loss = case.loss(output, batch[-1])
+        scores.append(score(output, batch[-1]).item())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    if not all(map(math.isfinite, scores)):
+        return math.nan
+    return 1 - min(scores[-5:]) / first
+
+
+def works(case: Case, mode: str, scale: float | None = None) -> bool:
+    """Whether training in a mode gets four fifths of what FP32 gets."""
+    try:
+        got = train(case, mode, scale=scale)
+    except RuntimeError:  # an operation refuses a number that the dtype has not
+        return False
+    wanted = train(case, "32-true")
+    assert wanted > 0.2, f"FP32 itself learns nothing: {wanted}"
+    return got > 0.8 * wanted
+
+
+def fails(case: Case, mode: str, scale: float | None = None) -> bool:
+    """Whether training in a mode gets less than half of what FP32 gets, or NaN."""
+    try:
+        got = train(case, mode, scale=scale)
+    except RuntimeError:
+        return True
+    return not got > 0.5 * train(case, "32-true")
+
+
+def data(*shape: int) -> Tensor:
+    """Draw the same normal numbers every time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def mlp(width: int = 32) -> nn.Sequential:
+    """Make a network for `data`, the same every time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32))
+
+
+X = data(64, 32)
+Y = X.roll(1, 1) * 0.5
+
+
+# ------------------------------------------------------------------- planted faults
+
+
+class Loud(nn.Module):
+    """An activation beyond 65504, which a norm after it makes small again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = (
+            nn.Linear(32, 64),
+            nn.LayerNorm(64),
+            nn.Linear(64, 32),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.head(self.norm(self.body(x) * 3e5))
+        return y
+
+
+class Ids(nn.Module):
+    """Numbers of words that come as floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(2048, 16), nn.Linear(16, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look words up."""
+        y: Tensor = self.head(self.table(ids.long()))
+        return y
+
+
+class Normalized(nn.Module):
+    """Rows divided by their sum plus 1e-8; rows of padding are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.head(8 * x / (x.abs().mean(-1, keepdim=True) + 1e-8))
+        return y
+
+
+class Masked(nn.Module):
+    """Attention whose mask is -1e9."""
+
+    def __init__(self, mask: float = -1e9) -> None:
+        super().__init__()
+        self.qkv, self.head, self.mask = nn.Linear(32, 96), nn.Linear(32, 32), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend to what came before."""
+        q, k, v = self.qkv(x.view(8, 8, 32)).chunk(3, -1)
+        scores = q @ k.transpose(1, 2) / 32**0.5
+        future = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        y: Tensor = self.head(scores.masked_fill(future, self.mask).softmax(-1) @ v)
+        return y.flatten(0, 1) + x
+
+
+class Outlier(nn.Module):
+    """A frozen layer one of whose inputs is ten million times the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(256, 64).requires_grad_(False)
+        self.frozen.weight[:, 0] *= 1e-7
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.head(self.body(self.frozen(x)).relu())
+        return y
+
+
+class TwoHeads(nn.Module):
+    """Two tasks in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.both(x)
+        return y
+
+
+class TinyWeights(nn.Module):
+    """Weights of 1e-11 behind a gain of 1e9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = nn.Linear(32, 32, bias=False)
+        nn.init.normal_(self.tiny.weight, std=1e-11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.tiny(x) * 1e9
+        return y
+
+
+def faint(output: Tensor, target: Tensor) -> Tensor:
+    """Return a loss whose gradients are below 6e-8."""
+    return 1e-6 * F.mse_loss(output, target)
+
+
+def two_tasks(output: Tensor, target: Tensor) -> Tensor:
+    """Weigh the second task by 1e-14."""
+    first, second = (output - target).square().mean(0).chunk(2)
+    return first.mean() + 1e-14 * second.mean()
+
+
+def second_task(output: Tensor, target: Tensor) -> Tensor:
+    """Return how far the second task is."""
+    return (output.float() - target.float()).square().mean(0).chunk(2)[1].mean()
+
+
+def faults() -> dict[str, tuple[Case, str, str, str]]:
+    """Return each fault: the case, modes that fail and hold, and words of the finding."""
+    torch.manual_seed(0)
+    sgd = lambda lr: lambda p: SGD(p, lr)  # noqa: E731
+    ids = torch.arange(1025, 1153).float()
+    parity = (torch.arange(128) % 2).long()
+    padded = X * (torch.arange(64) % 8 > 0)[:, None]
+    wide = data(64, 256)
+    wide[:, 0] = 1e7
+    small = lambda p: AdamW(p, 1e-2, eps=1e-30)  # noqa: E731
+    return {
+        "activations overflow": (
+            Case(Loud(), (X, Y)), "16-mixed 16-true", "bf16-mixed fp8-current mxfp8",
+            "`norm` input overflows float16",
+        ),
+        "updates are lost": (
+            Case(mlp(), (X, Y), lr=1e-4, steps=400), "bf16-true", "bf16-mixed",
+            "of all updates are lost",
+        ),
+        "whole numbers as floats": (
+            Case(Ids(), (ids, parity), F.cross_entropy, sgd(5.0)), "bf16-true",
+            "bf16-mixed 16-mixed", "changes whole numbers",
+        ),
+        "eps is zero": (
+            Case(Normalized(), (padded, Y), optimizer=sgd(0.01)), "16-true",
+            "16-mixed bf16-mixed", r"1e-08 in .*\(add.*is zero in float16",
+        ),
+        "mask is too large": (
+            Case(Masked(), (X, Y), optimizer=sgd(0.5)), "16-mixed 16-true",
+            "bf16-mixed bf16-true", r"-1e\+09 in .*\(masked_fill.*infinite in float16",
+        ),
+        "an outlier takes the scale": (
+            Case(Outlier(), (wide, Y)), "fp8-current fp8-delayed", "bf16-mixed mxfp8",
+            "`frozen` input underflows",
+        ),
+        "gradients are too far apart": (
+            Case(TwoHeads(), (X, torch.cat([Y, Y], 1)), two_tasks, small, 1e-2, second_task),
+            "16-mixed fp8-current fp8-delayed", "bf16-mixed mxfp8",
+            "no loss scale fits|grad_output underflows",
+        ),
+        "weights are too small": (
+            Case(TinyWeights(), (X, Y), optimizer=lambda p: AdamW(p, 1e-10, eps=1e-30)),
+            "16-mixed 16-true", "bf16-mixed bf16-true", "`tiny` weight underflows",
+        ),
+    }  # fmt: skip
+
+
+FAULTS = faults()
+SCALE = 2.0**16  # GradScaler's default
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_told_and_its_training_fails(fault: str) -> None:
+    """What the report calls unsafe fails when it is run, what it does not call so holds."""
+    case, unsafe, safe, words = FAULTS[fault]
+    report = case.report()
+
+    for mode in unsafe.split():
+        verdict = report.verdicts[mode]
+        assert verdict.level == "unsafe", str(report)
+        assert any(re.search(words, f.text) for f in verdict.findings), str(report)
+        assert fails(case, mode, SCALE if mode == "16-mixed" else None), mode
+    for mode in safe.split():
+        assert report.verdicts[mode].is_safe, f"{fault}, {mode}: {report}"
+        assert works(case, mode, SCALE if mode == "16-mixed" else None), mode
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**16])
+def test_gradients_below_fp16_need_the_loss_scale_that_the_report_names(
+    scale: float | None,
+) -> None:
+    """Without a scale nothing is learned; with one in the report's range, as in FP32."""
+    case = Case(mlp(), (X, Y), faint, lambda p: AdamW(p, 1e-2, eps=1e-20))
+    report = case.report()
+    verdict = report.verdicts["16-mixed"]
+    assert verdict.level == "safe"
+    assert verdict.loss_scale is not None
+    low, high = verdict.loss_scale
+
+    assert 4 <= low < 16 <= high
+    assert f"safe with loss scaling ≥ 2^{low}" in str(report)
+    if scale:
+        assert works(case, "16-mixed", scale)
+        assert works(case, "16-mixed", 2.0**low)
+    else:
+        assert fails(case, "16-mixed")
+        assert works(case, "bf16-mixed")
+
+
+def test_adam_in_fp16_becomes_nan_as_foretold() -> None:
+    """A healthy network, AdamW's defaults, weights in FP16: NaN; SGD holds."""
+    adam, sgd = (
+        Case(mlp(), (X, Y)),
+        Case(mlp(), (X, Y), optimizer=lambda p: SGD(p, 1.0)),
+    )
+
+    assert adam.report().verdicts["16-true"].level == "unsafe"
+    assert "Adam divides by eps=1e-08" in adam.report().verdicts["16-true"].text
+    assert math.isnan(train(adam, "16-true"))
+    assert sgd.report().verdicts["16-true"].is_safe
+    assert works(sgd, "16-true")
+
+
+# ------------------------------------------------------------------ healthy models
+
+
+class Tied(nn.Module):
+    """A language model whose table embeds and scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 32)
+        nn.init.normal_(self.table.weight, std=0.1)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score the next word."""
+        y: Tensor = self.head(self.body(self.table(x)))
+        return y.transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """An LSTM that classifies a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(32, 32, batch_first=True), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read, and judge by the last state."""
+        y: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return y
+
+
+class Residual(nn.Module):
+    """Four blocks with norms around skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU())
+            for _ in "abcd"
+        ]
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+class Bag(nn.Module):
+    """Embeddings of words, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify."""
+        y: Tensor = self.head(self.table(x).mean(1))
+        return y
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a causal mask of -Inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = (
+            nn.MultiheadAttention(32, 4, batch_first=True),
+            nn.Linear(32, 32),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        mask = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        y: Tensor = self.head(x + self.attention(x, x, x, attn_mask=mask)[0])
+        return y
+
+
+def healthy() -> dict[str, Case]:
+    """Make ten networks as people train them."""
+    torch.manual_seed(0)
+    kinds = (X[:, :8].argmax(1) % 8).long()
+    words = torch.randint(64, (32, 9), generator=torch.Generator().manual_seed(3))
+    images, sequence = data(64, 1, 8, 8), data(32, 8, 32)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+    return {
+        "mlp": Case(mlp(), (X, kinds), F.cross_entropy),
+        "regression": Case(mlp(64), (X, Y)),
+        "cnn": Case(
+            nn.Sequential(
+                nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+                nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
+                nn.Flatten(), nn.Linear(128, 32),
+            ), (images, images.flatten(1).argmax(1) % 32), F.cross_entropy,
+        ),
+        "encoder": Case(
+            nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False),
+            (sequence, sequence.roll(1, 1) / 2),
+        ),
+        "lstm": Case(Recurrent(), (sequence, sequence[:, -1] / 2)),
+        "autoencoder": Case(
+            nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(),
+                          nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), (X, X),
+        ),
+        "tied lm": Case(Tied(), (words[:, :-1], words[:, 1:]), F.cross_entropy),
+        "residual": Case(Residual(), (X, Y)),
+        "embeddings": Case(Bag(), (words, words[:, 0] % 32), F.cross_entropy),
+        "attention": Case(Attention(), (sequence, sequence / 2 + sequence.mean(1, True) / 2)),
+    }  # fmt: skip
+
+
+HEALTHY = healthy()
+each_healthy = pytest.mark.parametrize("name", HEALTHY)
+
+
+@each_healthy
+def test_a_healthy_model_raises_no_alarm_and_trains(name: str) -> None:
+    """Every mode but 16-true, AdamW's own fault, is safe; and training agrees."""
+    case = HEALTHY[name]
+    report = case.report()
+
+    for mode, verdict in report.verdicts.items():
+        if mode == "16-true":
+            continue
+        assert verdict.level in {"safe", "caution"}, f"{mode}: {report}"
+        if mode != "bf16-true":
+            assert verdict.level == "safe", f"{mode}: {report}"
+        if (name, mode) != ("lstm", "16-mixed"):  # oneDNN has no LSTM in FP16
+            assert works(case, mode, SCALE if mode == "16-mixed" else None), mode
+    assert report.recommendation == "bf16-mixed"
+
+
+# ---------------------------------------------------------------------- nothing stays
+
+
+class Everything(nn.Module):
+    """All that is hard: norms, dropout, buffers, attributes, a frozen and an idle part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.block = nn.Sequential(
+            nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Dropout(0.2)
+        )
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.idle = nn.Linear(8, 8)
+        self.twice = nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(1))
+        self.last = self.first
+        self.calls, self.way = 0, "none"
+
+    def forward(self, x: Tensor, mode: str = "plain") -> dict[str, Any]:
+        """Run, and leave traces everywhere."""
+        self.calls += 1
+        self.seen = self.seen + 1
+        self.frozen.weight.data.mul_(0.5)
+        random.random(), np.random.rand()
+        x = self.dropout(self.norm(self.first(x)))
+        if self.way != "none":
+            x = checkpoint(self.block, x, use_reentrant=self.way == "reentrant")
+        else:
+            x = self.block(x)
+        x = self.twice(self.twice(self.frozen(x)))
+        return {"out": (x, [x * 2]), "name": mode}
+
+
+def everything_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Take one of the outputs."""
+    loss: Tensor = model(batch)["out"][0].square().mean()
+    return loss
+
+
+def state(model: nn.Module, x: Tensor) -> list[Any]:
+    """List all that must not change, bit for bit."""
+
+    def bits(t: Tensor | None) -> Any:  # noqa: ANN401
+        return None if t is None else (id(t), t.detach().numpy().tobytes())
+
+    return [
+        [(n, id(p), bits(p), bits(p.grad), p.requires_grad) for n, p in model.named_parameters()],
+        [(n, bits(b)) for n, b in model.named_buffers()],
+        [(m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks))
+         for m in model.modules()],
+        getattr(model, "calls", 0), bits(x), bits(x.grad),
+        torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),  # type: ignore[index]
+        len(torch.nn.modules.module._global_forward_hooks),
+        len(torch.nn.modules.module._global_forward_pre_hooks),
+        torch.is_grad_enabled(), torch.get_default_dtype(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", ["none", "reentrant", "new"])
+@pytest.mark.parametrize("ends", ["well", "in the model", "in the loss", "in backward"])
+def test_the_report_leaves_no_trace(training: bool, way: str, ends: str) -> None:
+    """Parameters, gradients, buffers, attributes, modes, hooks, random states, batch."""
+    model = Everything().train(training)
+    x = data(16, 8).requires_grad_()
+    everything_loss(model, x).backward()
+    model.way = way
+    before = state(model, x)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss = everything_loss(model, batch)
+        if ends == "in the loss":
+            raise KeyError("no such thing")
+        if ends == "in backward":
+            loss.register_hook(lambda _: 1 / 0)  # type: ignore[no-untyped-call]
+        return loss[None, None].expand(2, 2) if ends == "in the model" else loss
+
+    expected: Any = nullcontext()
+    if ends == "in backward":
+        expected = pytest.raises(ZeroDivisionError)
+    elif ends != "well":
+        expected = pytest.raises(ValueError, match=r"loss must be a scalar|KeyError")
+    with expected:
+        precision_report(model, x, loss_fn)
+
+    assert state(model, x) == before
+
+
+def test_hooks_of_the_reader_do_not_step_an_optimizer() -> None:
+    """What runs when a gradient has arrived, such as a step, is left out."""
+    model = mlp()
+    optimizer = SGD(model.parameters(), 1.0)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    before = copy.deepcopy(model.state_dict())
+
+    precision_report(model, (X, Y), F.mse_loss)
+
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    F.mse_loss(model(X), Y).backward()
+    assert not torch.equal(model[0].weight, before["0.weight"]), "and is there again"
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, 1e-3), lambda p: SGD(p, 0.1, 0.9)])
+def test_an_optimizers_next_step_is_foretold_and_not_taken(
+    make: Callable[[Any], Optimizer],
+) -> None:
+    """amax of an update is that of the step that follows, state and schedule included."""
+    model = mlp()
+    optimizer = make(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(X), Y).backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    before, weights = (
+        copy.deepcopy(optimizer.state_dict()),
+        copy.deepcopy(model.state_dict()),
+    )
+
+    report = precision_report(model, (X, Y), F.mse_loss, optimizer=optimizer)
+
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    assert f"the next step of this {type(optimizer).__name__}" == report.hypothesis
+    F.mse_loss(model(X), Y).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        step = parameter - weights[name]
+        row = find(report, name.split(".")[0], "update", name.split(".")[1])
+        assert row.amax == pytest.approx(step.abs().max().item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------- what it counts
+
+
+def find(report: PrecisionReport, module: str, kind: str, tensor: str = "") -> Row:
+    """Return one row."""
+    (row,) = [
+        r for r in report.rows if (r.module, r.kind, r.tensor) == (module, kind, tensor)
+    ]
+    return row
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_is_that_of_the_number_formats(name: str) -> None:
+    """Every format against snippets.number_formats, over its range and around it."""
+    fmt = FORMATS[name]
+    known = nf.FORMATS.get(name) or nf.BLOCK_FORMATS[name].element
+    info = nf.finfo(known)
+    magnitudes = torch.exp2(
+        torch.linspace(math.log2(fmt.zero) - 3, math.log2(fmt.max), 4001).double()
+    )
+    x = torch.cat([magnitudes, -magnitudes, torch.zeros(1).double()])
+    x = torch.cat([x, nf.round_to(x, known), nf.neighbours(x, known)[0]])
+    x = x[x.isfinite()]
+
+    rounded = round_(x, fmt)
+
+    assert torch.equal(rounded.clamp(-fmt.max, fmt.max), nf.round_to(x, known))
+    assert (fmt.max, fmt.mantissa_bits) == (info.max, known.mantissa_bits)
+    assert fmt.min_exponent == math.log2(info.smallest_normal)
+    zero = torch.tensor([fmt.zero, fmt.zero * 1.01]).double()
+    assert nf.round_to(zero, known).count_nonzero() == 1
+    over = torch.tensor([fmt.overflow]).double()
+    if fmt.block is None:
+        assert round_(over, fmt) > fmt.max >= round_(over * (1 - 2**-40), fmt)
+
+
+def test_scales_of_blocks_are_those_of_the_number_formats() -> None:
+    """MX: the same powers of two, for blocks from 2^-30 to 2^30 and for zeros."""
+    x = data(64, 32) * torch.exp2(torch.linspace(-30, 30, 64))[:, None]
+    x[5] = 0
+    for name, fmt in FORMATS.items():
+        if fmt.block:
+            blocks = nf.quantize_blocks(x, name)
+            wanted = nf.decode(blocks.scales, nf.BLOCK_FORMATS[name].scale)
+            mine = scales(fmt, x.abs().amax(1).double())
+            torch.testing.assert_close(1 / mine, wanted[:, 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(7,), (33, 5), (64, 64), (300, 200)])
+def test_shares_are_those_of_a_cast(size: tuple[int, ...]) -> None:
+    """Underflow, overflow, SQNR and amax of an input; exact if small, else sampled."""
+    x = data(*size) * torch.exp2(30 * torch.rand(size) - 20).clamp(max=2.0**17)
+    model = nn.Linear(size[-1], 1)
+    report = precision_report(model, x, lambda y: y.abs().sqrt().mean())
+    row = find(report, "", "input")
+    # A share p of n samples, in blocks that are drawn at random.
+    error = 0.0 if x.numel() <= 4096 else 5 / (2 * 4096**0.5)
+
+    assert row.amax == x.abs().max()
+    for fmt, dtype in (("float16", FP16), ("bfloat16", BF16)):
+        cast = x.to(dtype).float()
+        stats = row.formats[fmt]
+        limit = torch.finfo(dtype).max
+        assert stats["underflow"] == pytest.approx(
+            ((cast == 0) & (x != 0)).double().mean().item(), abs=error
+        )
+        assert stats["overflow"] == pytest.approx(
+            cast.isinf().double().mean().item(), abs=error
+        )
+        noise = (cast.clamp(-limit, limit) - x).double().square().sum()
+        sqnr = 10 * torch.log10(x.double().square().sum() / noise).item()
+        assert stats["sqnr_db"] == pytest.approx(sqnr, abs=0.001 if not error else 6)
+
+
+def test_fp8_shares_are_the_emulators() -> None:
+    """Per-tensor current scaling of an input, and MX, as Transformer Engine's emulator."""
+    x = data(64, 64) * torch.exp2(40 * torch.rand(64, 64) - 30)
+    row = find(precision_report(nn.Linear(64, 1), x, lambda y: y.mean()), "", "input")
+
+    for name, dtype in (
+        ("float8_e4m3fn", torch.float8_e4m3fn),
+        ("float8_e5m2", torch.float8_e5m2),
+    ):
+        quantizer = te.Float8CurrentScalingQuantizer(dtype)
+        there = quantizer(x).dequantize()
+        share = ((there == 0) & (x != 0)).double().mean().item()
+        assert row.formats[name]["underflow"] == pytest.approx(share, abs=1 / 4096)
+        assert share > 0.01
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_lost_updates_are_those_of_true_half(dtype: torch.dtype) -> None:
+    """Up and down, as snippets.true_half.lost_updates counts, on one known gradient."""
+    model = nn.Linear(50, 60, bias=False)
+    report = precision_report(model, data(4, 50), lambda y: y.sum() * 0.5, lr=1e-3)
+    weight, name = model.weight.detach(), str(dtype).removeprefix("torch.")
+    update = -1e-3 * data(4, 50).sum(0).sign()
+    low = weight.to(dtype)
+    lost = ((low.float() + update).to(dtype) == low).float().mean().item()
+
+    row = find(report, "", "update", "weight")
+
+    assert row.formats[name]["lost"] == pytest.approx(lost)
+    both = lost_updates(model, 1e-3, dtype=dtype)["weight"]
+    assert row.formats[name]["lost"] == pytest.approx(both, abs=0.05)
+
+
+def test_a_loss_scale_is_the_power_that_keeps_all_but_a_twentieth() -> None:
+    """One gradient of known exponents: the smallest power, and the largest, by hand."""
+    model = nn.Linear(100, 1, bias=False)
+    x = torch.exp2(-torch.arange(100).double() / 8).float()[None]  # 1 to 2^-12.4
+    report = precision_report(model, x, lambda y: y.sum() * 2.0**-10)
+    verdict = report.verdicts["16-mixed"]
+    assert verdict.loss_scale is not None
+    low, high = verdict.loss_scale
+    grad = x * 2.0**-10
+
+    def lost(k: int) -> float:
+        return ((grad * 2.0**k) < 2.0**-24).double().mean().item()
+
+    assert lost(low) <= 0.05 < lost(low - 1)
+    assert (grad * 2.0**high).max() <= 65504 < (grad * 2.0 ** (high + 1)).max()
+
+
+def test_rows_have_every_kind_and_module() -> None:
+    """Tied weights once, frozen ones without gradients, idle ones in the notes."""
+    model = Everything()
+    report = precision_report(model, data(16, 8), everything_loss)
+    kinds = {(r.module, r.kind) for r in report.rows}
+
+    for kind in ("input", "output", "grad_output", "weight", "grad_weight", "update"):
+        assert ("twice", kind) in kinds
+    assert find(report, "twice", "input", "").calls == 2
+    assert ("frozen", "weight") in kinds
+    assert ("frozen", "grad_output") in kinds
+    assert ("frozen", "update") not in kinds
+    assert ("idle", "grad_weight") not in kinds
+    assert sum("idle" in note for note in report.notes) == 2
+    assert find(report, "norm", "weight", "running_var").amax > 0
+    tied = [
+        r.module
+        for r in precision_report(*HEALTHY["tied lm"][:3]).rows
+        if r.kind == "weight"
+    ]
+    assert "table" in tied
+    assert "head" not in tied
+
+
+@pytest.mark.parametrize("way", ["reentrant", "new"])
+def test_a_checkpointed_block_is_as_it_is_without(way: str) -> None:
+    """The same rows, one by one, for both kinds of checkpoint."""
+    x = data(16, 8).requires_grad_()
+    model = Everything().eval()
+    plain = precision_report(model, x, everything_loss)
+    model.way = way
+    again = precision_report(model, x, everything_loss)
+
+    keys = [(r.module, r.kind, r.tensor) for r in plain.rows]
+    assert keys == [(r.module, r.kind, r.tensor) for r in again.rows]
+    for one, two in zip(plain.rows, again.rows, strict=True):
+        assert one.formats == two.formats, one
+        assert (one.low, one.calls) == (two.low, two.calls), one
+
+
+@dataclasses.dataclass
+class Output:
+    """What some models return."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Returns(nn.Module):
+    """Returns its loss in a dataclass; takes keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Output:
+        """Run."""
+        y = self.linear(x)
+        return Output(y, None if labels is None else F.mse_loss(y, labels))
+
+
+def test_batches_and_losses_of_every_form() -> None:
+    """Tuples, dicts, one tensor; output and target, the batch, the model, or no loss."""
+    x, y = data(6, 8), data(6, 4)
+    model, linear = Returns(), nn.Linear(8, 4)
+    wanted = F.mse_loss(model.linear(x), y).item()
+    losses = [
+        precision_report(model, {"x": x, "labels": y}),
+        precision_report(model, (x, y)),
+        precision_report(
+            model, (x, y), lambda out, target: F.mse_loss(out.logits, target)
+        ),
+        precision_report(
+            model, [x, y], lambda out, batch: F.mse_loss(out.logits, batch[1])
+        ),
+        precision_report(model, {"x": x}, lambda out: F.mse_loss(out.logits, y)),
+        precision_report(model, (x, y), lambda model, batch: model(*batch).loss),
+        precision_report(model.linear, (x, y), nn.MSELoss()),
+    ]
+
+    assert [r.loss for r in losses] == pytest.approx([wanted] * 7)
+    assert precision_report(linear, x, torch.sum).loss == pytest.approx(
+        linear(x).sum().item()
+    )
+
+
+def test_fp32_that_is_broken_is_named_with_its_place() -> None:
+    """log(0) in the forward pass, sqrt at 0 in the backward pass."""
+
+    class Broken(nn.Module):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.body, self.bad, self.where = nn.Linear(8, 8), nn.ReLU(), where
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.bad(self.body(x)) * 0
+            return (y.log() * 0 if self.where == "forward" else y.sqrt()).sum()
+
+    forward = precision_report(Broken("forward"), data(4, 8))
+    backward = precision_report(Broken("backward"), data(4, 8))
+
+    assert forward.broken == "`model` (mul)"
+    assert re.match("`bad` .grad_output", backward.broken)
+    for report in (forward, backward):
+        assert {v.level for v in report.verdicts.values()} == {"unsafe"}
+        assert "FP32 itself makes NaN or Inf" in str(report)
+        assert report.recommendation == "32-true"
+        json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_masks_that_adapt_are_no_alarm() -> None:
+    """torch.finfo(x.dtype).min, and -Inf, are what a mask should be."""
+    for mask in (torch.finfo(torch.float32).min, -math.inf):
+        report = precision_report(Masked(mask), (X, Y), F.mse_loss)
+        assert report.verdicts["16-mixed"].level == "safe", str(report)
+        assert not report.constants
+
+
+def test_every_finding_leads_to_a_page_that_is_there() -> None:
+    """No link of a report is dead."""
+    for _, page in _FIXES.values():
+        assert (ROOT / "source" / f"{page}.md").is_file(), page
+
+
+# --------------------------------------------------------------------------- the forms
+
+
+def test_forms_agree() -> None:
+    """Text, dict, DataFrame and figure of one report."""
+    report = precision_report(mlp(), (X, Y), F.mse_loss)
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    frame = report.to_dataframe()
+
+    assert len(frame) == len(report.rows) * len(report.formats)
+    assert plain["verdicts"]["bf16-mixed"]["level"] == "safe"
+    assert plain["recommendation"] == report.recommendation == "bf16-mixed"
+    share = frame[
+        (frame.module == "0") & (frame.kind == "update") & (frame.tensor == "weight")
+    ]
+    row = find(report, "0", "update", "weight")
+    assert (
+        share[share.format == "bfloat16"].lost.item() == row.formats["bfloat16"]["lost"]
+    )
+    text = str(report)
+    assert all(str(verdict) in text for verdict in report.verdicts.values())
+    assert len(report.table().splitlines()) == 1 + len(report.rows)
+    figure = report.figure()
+    assert len(figure.axes) == len({r.kind for r in report.rows if sum(r.histogram)})
+    with pytest.raises(ValueError, match="no tensors of the kinds"):
+        report.figure(["inside"])
+
+
+def test_without_pandas_or_matplotlib_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All else works."""
+    report = precision_report(mlp(), (X, Y), F.mse_loss)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(ModuleNotFoundError, match="to_dataframe.. needs pandas"):
+        report.to_dataframe()
+    with pytest.raises(ModuleNotFoundError, match="figure.. needs matplotlib"):
+        report.figure()
+
+
+def test_formats_choose_the_verdicts() -> None:
+    """A verdict needs all formats of its mode; any format has a column."""
+    only = precision_report(mlp(), (X, Y), F.mse_loss, ["bfloat16"])
+    other = precision_report(
+        mlp(), (X, Y), F.mse_loss, ("mxfp4", "float8_e5m2fnuz", "tf32")
+    )
+
+    assert list(only.verdicts) == ["bf16-mixed", "bf16-true"]
+    assert not other.verdicts
+    assert all(
+        set(r.formats) == {"mxfp4", "float8_e5m2fnuz", "tf32"} for r in other.rows
+    )
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def bad_input() -> dict[str, tuple[Callable[[], Any], str]]:
+    """Return calls that are wrong, and what is said."""
+    model, mse = mlp(), F.mse_loss
+    frozen = mlp().requires_grad_(False)
+    return {
+        "batch": (lambda: precision_report(model, (data(3, 5), Y), mse), "`0` raises RuntimeError: mat1"),
+        "keywords": (lambda: precision_report(model, {"a": X}, mse), "the model raises TypeError"),
+        "target": (lambda: precision_report(model, (X, Y[:3, :3]), mse), "does not fit"),
+        "shape": (lambda: precision_report(model, (X, Y), lambda a, b: a - b), r"scalar, got shape \(64, 32\)"),
+        "number": (lambda: precision_report(model, (X, Y), lambda a, b: 1.0), "scalar tensor, got float"),
+        "whole": (lambda: precision_report(model, (X, Y), lambda a, b: (a > b).sum()), "torch.int64"),
+        "detached": (lambda: precision_report(model, (X, Y), lambda a, b: a.detach().sum()), "no gradients"),
+        "half": (lambda: precision_report(mlp().bfloat16(), (X, Y), mse), "half precision already: 0.weight is torch.bfloat16"),
+        "frozen": (lambda: precision_report(frozen, (X, Y), mse), "no gradients"),
+        "none": (lambda: precision_report(nn.ReLU(), (X, Y), mse), "no gradients"),
+        "lazy": (lambda: precision_report(nn.LazyLinear(3), (X, Y), mse), "lazy"),
+        "meta": (lambda: precision_report(nn.Linear(2, 2, device="meta"), (X, Y), mse), "meta"),
+        "format": (lambda: precision_report(model, (X, Y), mse, ["float8_e4m3"]), "did you mean 'float8_e4m3fn'"),
+        "no format": (lambda: precision_report(model, (X, Y), mse, []), "at least one"),
+        "lr": (lambda: precision_report(model, (X, Y), mse, lr=math.nan), "lr must be positive and finite, got nan"),
+        "zero": (lambda: precision_report(model, (X, Y), mse, lr=0.0), "lr must be positive"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", bad_input())
+def test_bad_input_is_one_clear_error(what: str) -> None:
+    """ValueError, in words; models are as they were (see the test of traces)."""
+    call, words = bad_input()[what]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_what_is_no_model_or_optimizer_is_refused() -> None:
+    """TypeError."""
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got function"):
+        precision_report(lambda x: x, (X, Y), F.mse_loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got float"):
+        precision_report(mlp(), (X, Y), F.mse_loss, optimizer=0.1)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------- the command line
+
+SCRIPT = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Linear(32, 32), (torch.ones(4, 32), torch.zeros(4, 32)), nn.functional.mse_loss
+
+def loud():
+    def loss(model, batch):
+        return (model(batch) * 1e30).log().mean()
+    return {"model": nn.Linear(4, 4), "batch": torch.ones(3, 4) * 1e6, "loss_fn": loss}
+
+def odd():
+    return 3
+
+def fails():
+    return {}["x"]
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Put a script into an empty working directory."""
+    (tmp_path / "my_script.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "my_script"
+    sys.modules.pop("my_script", None)
+
+
+def test_the_command_prints_and_exits(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 with a report, 1 if a required mode is unsafe; JSON, and a figure."""
+    assert main([f"{script}:build", "--require", "bf16", "--plot", "a.png"]) == 0
+    assert "bf16-mixed: safe" in capsys.readouterr().out
+    assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        main([
+            f"{script}.py:build",
+            "--json",
+            "--formats",
+            "tf32",
+            "--require",
+            "mxfp8",
+        ])
+        == 0
+    )
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["formats"] == ["tf32", "bfloat16", "mxfp8_e4m3"]
+    assert main([f"{script}:build", "--require", "16-true", "--lr", "1e-2"]) == 1
+    assert "required, but 16-true: unsafe" in capsys.readouterr().err
+    assert (
+        main([f"{script}:loud", "--require", "16-mixed", "--require", "bf16-mixed"])
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("my_script", "my_script:build, got 'my_script'"),
+        ("nothing:build", "no nothing.py in"),
+        ("my_script:buidl", "did you mean 'build'"),
+        ("my_script:odd", "must return .model, batch, loss_fn., got int"),
+        ("my_script:fails", "my_script:fails raises KeyError: 'x'"),
+        ("my_script:build --lr -1", "lr must be positive"),
+        ("my_script:build --plot no/such/a.png", "cannot write no/such/a.png"),
+    ],
+)
+def test_usage_errors_exit_with_two(
+    script: str, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    """One line on stderr, no traceback."""
+    assert main(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert re.search(words, said), said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--require bf16-mixt", "--formats float61", "", "--lr x"]
+)
+def test_argparse_refuses_with_two(
+    script: str, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    """Unknown modes and formats name what is near."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*(["my_script:build"] if arguments else []), *arguments.split()])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    if "require" in arguments:
+        assert "did you mean 'bf16-mixed'" in said
+    if "formats" in arguments:
+        assert "did you mean 'float16'" in said
+
+
+def test_a_copied_folder_runs_as_a_command(script: str, tmp_path: Path) -> None:
+    """python -m precision_report, with nothing of this project in reach."""
+    import shutil  # noqa: PLC0415
+
+    shutil.copytree(ROOT / "snippets/precision_report", tmp_path / "precision_report")
+    done = subprocess.run(
+        [sys.executable, "-m", "precision_report", f"{script}:build"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "recommended: bf16-mixed" in done.stdout
+    assert done.stderr == ""
+
+
+def test_progress_is_told_on_a_terminal_and_when_it_takes_long(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that is rewritten, or one now and then; nothing where it is short."""
+    clock = iter(range(0, 10**6, 7))
+    main([f"{script}:build"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(
+        "snippets.precision_report.__main__.time.monotonic", lambda: next(clock)
+    )
+    main([f"{script}:build"])
+    assert re.search(r"(?m)^precision_report: \w+.*, \d+ s$", capsys.readouterr().err)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    main([f"{script}:build"])
+    said = capsys.readouterr().err
+    assert "\r\x1b[Kprecision_report: backward pass" in said
+    assert said.endswith("\r\x1b[K")
+
+
+def test_it_costs_less_than_four_steps() -> None:
+    """Fastest of three against fastest of three, on a network whose step is no trifle."""
+    import time  # noqa: PLC0415
+
+    model, x = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]), data(512, 512)
+    optimizer = AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    def fastest(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    fastest(step)
+    report = fastest(lambda: precision_report(model, x, lambda y: y.square().mean()))
+    assert report < 4 * fastest(step)
