@@ -36,6 +36,7 @@ __all__ = ["NumberExplorer", "Row", "rows", "setup", "written"]
 
 _CLASS = "hb-explorer"
 _HEAD = ("Format", "Bits", "Value", "Error", "Relative")
+_FIELDS = ("sign", "exponent", "mantissa")
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -157,7 +158,8 @@ def _example(line: str) -> dict[str, str]:
 
 def _table(number: str, chosen: str) -> str:
     # A phone lays rows out as blocks, and a block is no row but for its role.
-    head = "".join(f'<th scope="col" role="columnheader">{word}</th>' for word in _HEAD)
+    words = [_code(("±", *_FIELDS[1:])) if word == "Bits" else word for word in _HEAD]
+    head = "".join(f'<th scope="col" role="columnheader">{word}</th>' for word in words)
     body = "".join(_row(row, float(number), chosen) for row in rows(float(number)))
     return (
         f'<table class="{_CLASS}__all" role="table">'
@@ -169,17 +171,11 @@ def _table(number: str, chosen: str) -> str:
 
 
 def _row(row: Row, number: float, chosen: str) -> str:
-    names = ("sign", "exponent", "mantissa")
-    bits = " ".join(
-        f'<span class="{_CLASS}__{name} {name}">{field}</span>'
-        for name, field in zip(names, row.fields, strict=True)
-    )
-
     def part(name: str, text: str) -> str:
         return f'<span class="{_CLASS}__{name}">{text}</span>'
 
     cells = (
-        f'<span class="{_CLASS}__code">{bits}</span>',
+        _code(row.fields),
         f"{part('value', repr(row.value))} {part('what', row.what)}",
         part("error", written(row.error)),
         part("relative", _relative(row, number)),
@@ -193,6 +189,15 @@ def _row(row: Row, number: float, chosen: str) -> str:
         f'<tr role="row" data-format="{row.fmt.name}"{marked}>'
         f'<th scope="row" role="rowheader">{row.fmt.name}</th>{data}</tr>'
     )
+
+
+def _code(fields: tuple[str, ...]) -> str:
+    """Write what stands in the columns of the three fields."""
+    spans = " ".join(
+        f'<span class="{_CLASS}__{name} {name}">{field}</span>'
+        for name, field in zip(_FIELDS, fields, strict=True)
+    )
+    return f'<span class="{_CLASS}__code">{spans}</span>'
 
 
 def _load(
