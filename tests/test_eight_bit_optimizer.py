@@ -36,13 +36,13 @@ from tests.quiet import quiet_import
 bnb = quiet_import("bitsandbytes")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 MAPS = [create_dynamic_map(True), create_dynamic_map(False)]
-SIZES = [64, 256, 1000, 4096]
+SIZES = [64, 1000, 4096]
 
 
 def draws(signed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    """70,001 numbers over ten decades, a block of zeros and subnormals among them."""
+    """40,001 numbers over ten decades, a block of zeros and subnormals among them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70_001, generator=generator)
+    x = torch.randn(40_001, generator=generator)
     x *= 10 ** (-10 * torch.rand(x.shape, generator=generator))
     x[4096:12288] = 0
     x[20000] = 1e4
@@ -303,14 +303,14 @@ SHAPES = [(64, 100), (5000,), (3, 7), (70, 130)]
 def test_steps_are_bitsandbytes_on_a_cpu_bit_for_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, codes and scales after 100 steps, given its table."""
+    """Weights, codes and scales after 40 steps, given its table."""
     by_table = partial(eight_bit_optimizer._quantize, by_table=True)
     monkeypatch.setattr(eight_bit_optimizer, "_quantize", by_table)
     mine, theirs = twins(*SHAPES, dtype=dtype)
     ours = AdamW8bit(mine, lr=1e-2, weight_decay=0.1)
     oracle = bnb.optim.AdamW8bit(theirs, lr=1e-2, weight_decay=0.1)
     for optimizer in (ours, oracle):
-        take_steps(optimizer, 100, noisy)
+        take_steps(optimizer, 40, noisy)
     for p, q in zip(mine, theirs, strict=True):
         if p.numel() < 4096:
             continue
@@ -330,7 +330,7 @@ def test_one_step_is_torchaos_from_any_of_its_states() -> None:
     oracle = torchao.AdamW8bit(theirs, lr=1e-2, weight_decay=0.0)
     (p,), (q,) = mine, theirs
     with torch.compiler.set_stance("force_eager"):
-        for step in range(1, 31):
+        for step in range(1, 16):
             start = p.detach().clone()
             for optimizer in (oracle, ours):
                 torch.manual_seed(step)
@@ -375,7 +375,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(targets)[order]
 
 
-def train(make: Callable[..., Optimizer], epochs: int = 6) -> tuple[float, int]:
+def train(make: Callable[..., Optimizer], epochs: int = 5) -> tuple[float, int]:
     """Return the accuracy on 360 images unseen, and the bytes of the state."""
     images, labels = digits()
     torch.manual_seed(0)
@@ -406,7 +406,7 @@ def test_accuracy_is_that_of_32_bits_with_a_quarter_of_the_state() -> None:
 
 
 def error_of_updates(
-    codes: list[Tensor], size: int, scale: Tensor, steps: int = 1000
+    codes: list[Tensor], size: int, scale: Tensor, steps: int = 400
 ) -> Tensor:
     """Store moments after each step; give the error of AdamW's update, per value.
 
@@ -430,9 +430,9 @@ def error_of_updates(
 
 def test_an_outlier_spoils_its_block_instead_of_the_tensor() -> None:
     """Beside 1e4 the second moments are 1e-8 of the largest, and stored as 0."""
-    scale = torch.ones(4096).index_fill(0, torch.tensor([77]), 1e4)
+    scale = torch.ones(2048).index_fill(0, torch.tensor([77]), 1e4)
     blocks = error_of_updates(MAPS, 256, scale)
-    whole = error_of_updates(MAPS, 4096, scale)
+    whole = error_of_updates(MAPS, 2048, scale)
     assert blocks[256:].mean() < 0.05  # those in other blocks
     assert blocks[:77].mean() > 1
     assert whole[256:].mean() > 1
@@ -441,12 +441,12 @@ def test_an_outlier_spoils_its_block_instead_of_the_tensor() -> None:
 def test_a_linear_map_loses_small_values() -> None:
     """Of gradients over two decades, second moments over four: 255 steps have two."""
     torch.manual_seed(0)
-    scale = 10 ** (-2 * torch.rand(4096))
+    scale = 10 ** (-2 * torch.rand(2048))
     linear = [torch.linspace(-1, 1, 255), torch.linspace(0, 1, 256)]
     assert error_of_updates(MAPS, 256, scale).mean() < 0.1
     assert error_of_updates(linear, 256, scale).mean() > 1
     squares = scale.square()
-    for code, least, most in ((MAPS[1], 0, 0), (linear[1], 1000, 2000)):
+    for code, least, most in ((MAPS[1], 0, 0), (linear[1], 500, 1000)):
         back = dequantize_blockwise(*quantize_blockwise(squares, code), code)
         assert least <= (back == 0).sum() <= most
 
