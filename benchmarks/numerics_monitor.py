@@ -1,0 +1,107 @@
+"""Time training steps with `NumericsMonitor` against the same steps without it.
+
+Run from the top of the project; it prints a table and records it in
+``benchmarks/numerics_monitor.json``, which guide/monitor_a_run reads::
+
+    python -m benchmarks.numerics_monitor
+
+Two copies of a transformer take their steps in turn, one of them watched at the default
+interval, so that what else the machine does falls on both; which goes first changes at
+each pair. The ratio is that of the sums over a whole interval, in which one measurement
+falls; the median is over intervals.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+# ruff: noqa: T201 - a table is what it is for
+
+import copy
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from snippets.numerics_monitor import NumericsMonitor
+
+WIDTH, LAYERS, BATCH, TOKENS = 256, 4, 8, 128
+INTERVALS = 5
+ALLOWED = 1.03
+MODES = ("32-true", "bf16-mixed", "16-mixed")
+RECORD = Path(__file__).with_suffix(".json")
+
+
+def make_step(model: nn.Module, mode: str, scaler: Any) -> Callable[[], float]:
+    """Return a training step that returns its seconds."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    dtype = torch.float16 if mode == "16-mixed" else torch.bfloat16
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=mode != "32-true"):
+            loss = model(x).float().square().mean()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step
+
+
+def measure(mode: str, intervals: int = INTERVALS) -> dict[str, Any]:
+    """Return the median ratio for one mode."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+    watched = copy.deepcopy(plain)
+    monitor = NumericsMonitor()
+    scalers = [torch.amp.GradScaler("cpu", enabled=mode == "16-mixed") for _ in "ab"]
+    jobs = [
+        make_step(m, mode, s) for m, s in zip((plain, watched), scalers, strict=True)
+    ]
+    sums = []
+    with monitor.attach(watched, scaler=scalers[1]):
+        for job in jobs:
+            job()
+        for _ in range(intervals):
+            seconds = [0.0, 0.0]
+            for pair in range(monitor.interval):
+                for i in (0, 1) if pair % 2 else (1, 0):
+                    seconds[i] += jobs[i]()
+            sums.append(seconds)
+    return {
+        "mode": mode,
+        "step_ms": round(1e3 * min(s[0] for s in sums) / monitor.interval, 1),
+        "ratio": round(statistics.median(s[1] / s[0] for s in sums), 3),
+    }
+
+
+def main() -> int:
+    """Measure, print and record; return 1 if a ratio is above what is allowed."""
+    torch.set_num_threads(1)
+    rows = [measure(mode) for mode in MODES]
+    for row in rows:
+        print(f"{row['mode']:12}{row['step_ms']:8.1f} ms a step{row['ratio']:8.3f}")
+    record = {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, one thread",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "interval": NumericsMonitor().interval,
+        "model": f"{LAYERS} layers of width {WIDTH}, {BATCH} x {TOKENS} tokens",
+        "modes": rows,
+    }
+    RECORD.write_text(json.dumps(record, indent=2) + "\n")
+    return int(max(row["ratio"] for row in rows) > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
