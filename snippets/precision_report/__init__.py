@@ -131,7 +131,7 @@ def _problem(model: nn.Module, formats: tuple[str, ...], lr: float) -> str:
             return suggest("format", name, FORMATS)
     parameters = dict(model.named_parameters())
     for name, p in parameters.items():
-        if is_lazy(p) or p.is_meta:
+        if p.is_meta or is_lazy(p):
             return f"{name} has no numbers yet: run a lazy model once, load a meta one"
         if p.is_floating_point() and p.dtype.itemsize < 4:
             return (

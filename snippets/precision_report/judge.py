@@ -35,7 +35,8 @@ _FIXES = {
     "updates": ("keep main params in FP32, or round stochastically", "guide/true_half"),
     "adam": ("use 16-mixed or bf16-mixed, or TrueHalfAdamW", "guide/true_half"),
     "integers": ("pass whole numbers as int64", "guide/mixed_precision"),
-    "constant": ("choose it by torch.finfo(x.dtype)", "guide/selective_precision"),
+    "eps": ("choose it by torch.finfo(x.dtype)", "guide/selective_precision"),
+    "mask": ("use torch.finfo(x.dtype).min", "failures/mask_value_overflows_half"),
     "fp8": ("keep this layer in BF16, or give scales to blocks", "guide/fp8"),
     "shape": ("pad it, or leave this layer in BF16", "guide/fp8"),
     "fp32": ("repair FP32 first", "guide/precision_report"),
@@ -100,23 +101,31 @@ class _Judge:
     def forward(self) -> None:
         """Look for what does not fit: numbers, whole numbers, constants."""
         compute = self.mode.compute
-        noted = set()
+        noted, large = set(), set()
         for constant in self.constants():
             noted.add((constant.module, constant.operation))
             size = "zero" if abs(constant.value) < 1 else "infinite"
             level = "unsafe" if constant.bites else "caution"
             if constant.bites or self.mode.stores:
-                self.find(level, "constant", f"{constant} is {size} in {compute}")
+                what = "eps" if abs(constant.value) < 1 else "mask"
+                self.find(level, what, f"{constant} is {size} in {compute}")
         for row in self.rows(*FORWARD):
             if (row.module, row.tensor) in noted:
                 continue
-            if row.share(compute, "overflow"):
+            if row.share(compute, "overflow") and row.amax not in large:
+                large.add(row.amax)  # the next module's input is the same tensor
                 text = f"{_at(row)} overflows {compute}: {row.amax:.2g}"
                 self.find("unsafe", "overflow", text, row, 1.0)
             self.share(row, compute, "underflow", "underflow", "underflows")
-            self.share(
-                row, compute, "integers_lost", "integers", "changes whole numbers:"
-            )
+            lost = row.share(compute, "integers_lost")
+            if (
+                lost >= SOME
+                and row.kind == "input"
+                and (not row.module or row.is_index)
+            ):
+                level = "unsafe" if row.is_index else "caution"
+                text = f"{_at(row)} changes whole numbers: {percent(lost)}"
+                self.find(level, "integers", text, row, lost)
 
     def constants(self) -> Iterator[Constant]:
         """Yield the constants that this mode makes zero or infinite."""
@@ -212,18 +221,16 @@ class _Judge:
         formats = dict.fromkeys(("input", "weight"), self.mode.forward)
         formats["grad_output"] = self.mode.grad
         linear = [r for r in self.report.rows if r.layer in _LINEAR]
-        block = FORMATS[self.mode.forward].block or 16
+        rows_in, columns_in = (32, 32) if FORMATS[self.mode.forward].block else (8, 16)
         unfit = {}
         for row in linear:
             rows, columns = math.prod(row.shape[:-1]), row.shape[-1]
-            is_weight = row.kind == "weight" and row.tensor != "bias"
-            if (is_weight or row.kind == "input") and (
-                columns % block or rows % (block if is_weight else block // 16 * 8)
-            ):
-                text = (
-                    f"`{row.module}` {row.kind} is {rows} x {columns}, not in {block}s"
+            fits = rows % rows_in == 0 and columns % columns_in == 0
+            if not fits and row.kind in {"input", "weight"} and row.tensor != "bias":
+                unfit[row.module] = (
+                    f"`{row.module}` {row.kind} has {rows} x {columns} numbers, FP8 "
+                    f"needs multiples of {rows_in} x {columns_in}"
                 )
-                unfit[row.module] = text
         for row in linear:
             if row.module not in unfit and row.kind in formats and row.tensor != "bias":
                 self.share(row, formats[row.kind], "underflow", "fp8", "underflows")

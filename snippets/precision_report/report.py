@@ -31,6 +31,7 @@ class Row:
         calls: How often the module ran.
         is_finite: No Inf and no NaN.
         is_integer: Whole numbers only.
+        is_index: The model turns them into integers, so each of them counts.
         low: Autocast would have it in 16 bits.
         formats: By format the shares, of what is not zero, "underflow" and "overflow",
             of an update "lost", of whole numbers "integers_lost"; and "sqnr_db", None
@@ -48,6 +49,7 @@ class Row:
     calls: int = 0
     is_finite: bool = True
     is_integer: bool = False
+    is_index: bool = False
     low: bool = False
     formats: dict[str, dict[str, float | None]] = field(default_factory=dict)
     histogram: list[int] = field(default_factory=list, repr=False)
@@ -203,7 +205,8 @@ class PrecisionReport:
             level, advice, page = words
             modes.setdefault((level, advice, page, tuple(found)), []).append(mode)
         for (level, advice, page, texts), names in modes.items():
-            lines.append(f"{level} in {', '.join(names)}: {advice} (see {page})")
+            start = "note" if level == "safe" else level
+            lines.append(f"{start} on {', '.join(names)}: {advice} (see {page})")
             lines += [f"    {text}" for text in texts[:3]]
             lines += [f"    and {len(texts) - 3} more"] * (len(texts) > 3)
         harmless = [constant for constant in self.constants if not constant.bites]
@@ -224,7 +227,7 @@ class PrecisionReport:
         """
         figures = _needed("matplotlib.figure", "figure")
         all_panels = {
-            kind: [r for r in self.rows if r.kind == kind and sum(r.histogram)]
+            kind: [r for r in self.rows if r.kind == kind and any(r.histogram)]
             for kind in kinds
         }
         panels = {kind: rows for kind, rows in all_panels.items() if rows}

@@ -21,11 +21,12 @@ CALLS = 4  # of a module that are sampled; of all others the amax is taken
 class Value:
     """What is known of the numbers in a tensor, which its views share."""
 
-    __slots__ = ("cast", "limits", "low", "numel")
+    __slots__ = ("cast", "index", "limits", "low", "numel")
 
     def __init__(self, *, low: bool = False) -> None:
         self.low = low  # autocast would have made it in 16 bits
         self.cast = False  # or would cast it to 16 bits where it is used
+        self.index = False  # turned into whole numbers, so more than a quantity
         self.limits = self.numel = -1  # which of Samples.limits, and of how many
 
 
@@ -92,6 +93,7 @@ class Samples:
             others = [max(map(abs, limits[at])) for at in taken[CALLS:]]
             amaxes = [stats.amax[i] for i in mine]
             row.amax = max(amaxes + [a for a in others if math.isfinite(a)])
+            row.is_index = value.index
             row.is_integer = all(stats.is_integer[i] for i in mine)
             row.histogram = stats.histogram[mine].sum(0).tolist()
             least = min((stats.least[i] for i in mine if stats.least[i]), default=1.0)

@@ -205,12 +205,14 @@ class Watch:
             is_view = bool(aliases) and not any(a.is_write for a in aliases)
             self.kinds[func] = name, is_view, "empty" in name
         name, is_view, is_empty = self.kinds[func]
-        outs = [t for _, t in tensors_in(result)]
-        if is_empty or not outs:
-            return
-        if is_view:
+        if is_empty or is_view:
             return
         ins = [(self.value(t), t.dim()) for _, t in tensors_in(args)]
+        outs = [t for _, t in tensors_in(result)]
+        if not outs:
+            for value, _ in ins:
+                value.index |= name == "_to_copy"
+            return
         if name in _LOWERS:
             for value, _ in ins:
                 value.cast = True
