@@ -882,6 +882,11 @@ def test_an_own_format_with_nvfp4s_two_scales_uses_its_range() -> None:
         assert (largest & 0x7F & (2 ** (own.element.bits - 1) - 1)).tolist() == [
             own.element.max_code
         ]
+        # In each block, since its scale is within a sixteenth of what it should be.
+        sizes = decode(blocks.codes, own.element).abs().view(*blocks.scales.shape, 16)
+        normal = decode(blocks.scales, own.scale) >= finfo(own.scale).smallest_normal
+        assert int(normal.sum()) > 10
+        assert bool((sizes.amax(-1)[normal] >= 0.9 * finfo(own.element).max).all())
         row = x[x.abs().amax(1) == x.abs().max()].double()
         back = dequantize_blocks(quantize_blocks(row.float(), own), own)
         assert bool((back - row).norm() < 0.04 * row.norm())
