@@ -30,26 +30,24 @@ from torch import nn
 
 from snippets.numerics_monitor import NumericsMonitor
 
-WIDTH, LAYERS, BATCH, TOKENS = 256, 4, 8, 128
-INTERVALS = 5
+WIDTH, LAYERS, BATCH, TOKENS = 256, 4, 4, 128
+INTERVALS = 3
 ALLOWED = 1.03
-MODES = ("32-true", "bf16-mixed", "16-mixed")
+MODES = ("32-true", "bf16-mixed")  # float16 products are emulated on most CPUs
 RECORD = Path(__file__).with_suffix(".json")
 
 
-def make_step(model: nn.Module, mode: str, scaler: Any) -> Callable[[], float]:
+def make_step(model: nn.Module, mode: str) -> Callable[[], float]:
     """Return a training step that returns its seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
-    dtype = torch.float16 if mode == "16-mixed" else torch.bfloat16
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=mode != "32-true"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode != "32-true"):
             loss = model(x).float().square().mean()
-        torch.autograd.backward(scaler.scale(loss))
-        scaler.step(optimizer)
-        scaler.update()
+        torch.autograd.backward(loss)
+        optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - start
 
@@ -63,12 +61,9 @@ def measure(mode: str, intervals: int = INTERVALS) -> dict[str, Any]:
     plain = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
     watched = copy.deepcopy(plain)
     monitor = NumericsMonitor()
-    scalers = [torch.amp.GradScaler("cpu", enabled=mode == "16-mixed") for _ in "ab"]
-    jobs = [
-        make_step(m, mode, s) for m, s in zip((plain, watched), scalers, strict=True)
-    ]
+    jobs = [make_step(model, mode) for model in (plain, watched)]
     sums = []
-    with monitor.attach(watched, scaler=scalers[1]):
+    with monitor.attach(watched):
         for job in jobs:
             job()
         for _ in range(intervals):

@@ -540,7 +540,10 @@ def _plain(tensor: Tensor) -> Tensor:  # float8 has few operations of its own
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(_plain(tensor).isfinite().all())
+    values = _plain(tensor)
+    total = values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
+    # A sum is the quick answer; it can overflow where no value is infinite.
+    return math.isfinite(total.item()) or bool(values.isfinite().all())
 
 
 def _range(tensor: Tensor) -> TensorRange:

@@ -57,6 +57,12 @@ _FP8 = {
 }
 
 
+# Modules that make no NaN and no Inf of finite values: not looked at.
+_PASSIVE = {
+    nn.Dropout, nn.Flatten, nn.GELU, nn.Identity, nn.ReLU, nn.Sigmoid, nn.SiLU, nn.Tanh,
+}  # fmt: skip
+
+
 class NumericsWarning(UserWarning):
     """A rule of a `NumericsMonitor` is broken."""
 
@@ -181,7 +187,8 @@ class NumericsMonitor(_Callback):
         self._start()
         for name, module in () if is_compiled else self._model.named_modules():
             own = any(True for _ in module.parameters(recurse=False))
-            if own or not any(True for _ in module.children()):
+            is_leaf = not any(True for _ in module.children())
+            if own or (is_leaf and type(module) not in _PASSIVE):
                 hook = partial(self._forward, name)
                 self._handles.append(module.register_forward_hook(hook))
         before, after = (
@@ -292,19 +299,16 @@ class NumericsMonitor(_Callback):
                 maker = self._makers.get(id(x))
                 if maker is not None and maker[0]() is x:
                     self._readers.setdefault(maker[1], []).append(name)
-                elif x.grad_fn is not None:
-                    _hook(x, partial(self._backward, "grad_input", name))
             for y in _floats(output):
                 self._tape.append(("output", name, _sum(y)))
                 self._dtypes[y.dtype] += 1
                 if y.requires_grad and not torch.is_inference(y):
                     self._makers[id(y)] = weakref.ref(y), name
-                    _hook(y, partial(self._backward, "grad_output", name))
+                    _hook(y, partial(self._backward, name))
 
-    def _backward(self, kind: str, name: str, grad: Tensor) -> None:
-        self._tape.append((kind, name, _sum(grad)))
-        module = self._model.get_submodule(name) if self._is_due else None
-        if kind == "grad_output" and hasattr(module, "fp8_meta"):
+    def _backward(self, name: str, grad: Tensor) -> None:
+        self._tape.append(("grad_output", name, _sum(grad)))
+        if self._is_due and hasattr(self._model.get_submodule(name), "fp8_meta"):
             self._see_amax(f"{name}.grad_output", grad)
 
     def _see_amax(self, name: str, things: object) -> None:
@@ -495,15 +499,16 @@ class NumericsMonitor(_Callback):
         ):
             if not is_fine:
                 modules[self._names[id(p)].rpartition(".")[0]] = True
-        flags = _finite([value for _, _, value in self._tape])
+        flags, last = _finite([value for _, _, value in self._tape]), ""
         for (kind, name, _), is_fine in zip(self._tape, flags, strict=True):
             if is_fine or name in self._usual:
-                continue
-            if kind != "grad_output":
-                return name, "forward" if kind == "output" else "backward"
-            readers = self._readers.get(name, [])
-            told = [reader for reader in readers if reader in modules] or readers
-            return (told[-1] if told else f"(after {name})"), "backward"
+                last = name if kind == "grad_output" else ""
+            elif kind == "output":
+                return name, "forward"
+            else:  # what made it is between this output and the gradient before it
+                readers = self._readers.get(name, []) or [last or f"(after {name})"]
+                told = [reader for reader in readers if reader in modules]
+                return (told or readers)[-1], "backward"
         return next(reversed(modules), "(unknown)"), "backward"
 
     # ---------------------------------------------------------------- the file
@@ -638,10 +643,11 @@ def _floats(things: object) -> Iterator[Tensor]:
             yield from _floats(thing)
 
 
-def _sum(tensor: Tensor | None) -> Tensor:
-    """Return a sum that is finite if all values are; in float32, where it fits."""
-    values = _require(tensor).detach()
-    return values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
+def _sum(tensor: Any) -> Tensor:  # noqa: ANN401
+    """Return a sum that is finite if all values are: float16 would overflow."""
+    values: Tensor = tensor.detach()
+    wide = torch.float32 if values.dtype.itemsize == 1 else None
+    return values.sum(dtype=torch.float32 if values.dtype == torch.float16 else wide)
 
 
 def _finite(values: list[Tensor]) -> list[bool]:
@@ -665,8 +671,8 @@ def _sampled(tensor: Tensor, sample: int) -> Tensor:
         values = values.to_dense()
     elif type(values) is not Tensor and hasattr(values, "_make_wrapper_subclass"):
         values = values.dequantize()
-    flat: Tensor = values.reshape(-1)
-    return flat[:: max(1, len(flat) // sample)]
+    flat: Tensor = values.reshape(-1)[:: max(1, values.numel() // sample)]
+    return flat
 
 
 def _found_inf(optimizer: Optimizer) -> bool:  # left by the scaler for a fused step

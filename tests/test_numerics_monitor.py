@@ -1,0 +1,742 @@
+"""Tests of snippets/numerics_monitor.py, as read in guide/monitor_a_run."""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision as FabricMixed
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as optim_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from snippets import fp8
+from snippets.numerics_monitor import (
+    RULES,
+    NumericsError,
+    NumericsMonitor,
+    NumericsWarning,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+MODES = ["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+STEPS, AT = 7, 4
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Let Lightning log errors only."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+class Explode(torch.autograd.Function):
+    """The identity, whose backward overflows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        """Return the same values."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        """Multiply beyond the end."""
+        return (grads[0] + 1) * 1e30 * 1e30
+
+
+class Fault(nn.Module):
+    """Overflows in forward or in backward in one of its calls; else the identity."""
+
+    def __init__(self, at: int = -1, phase: str = "forward") -> None:
+        super().__init__()
+        self.at, self.phase, self.calls = at, phase, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fail at the call that was asked for."""
+        self.calls += self.training
+        if self.calls != self.at + 1:
+            return x
+        if self.phase == "forward":
+            return (x + 1) * 1e30 * 1e30
+        exploded: Tensor = Explode.apply(x)  # type: ignore[no-untyped-call]
+        return exploded
+
+
+def network(at: int = -1, phase: str = "forward", width: int = 16) -> nn.Sequential:
+    """Make a network with a module, ``3``, that can fail."""
+    first = (nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width))
+    last = (nn.Tanh() if phase == "backward" else nn.LeakyReLU(), nn.Linear(width, 1))
+    return nn.Sequential(*first, Fault(at, phase), *last)
+
+
+class Lit(lightning.LightningModule):
+    """Regression with one optimizer."""
+
+    def __init__(self, net: nn.Module | None = None, lr: float = 0.05) -> None:
+        super().__init__()
+        self.net, self.lr = network() if net is None else net, lr
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        """Fit zero."""
+        loss: Tensor = self.net(batch[0]).float().square().mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Take plain SGD."""
+        return SGD(self.parameters(), lr=self.lr)
+
+
+class Manual(Lit):
+    """Two optimizers, stepped by hand, the second at every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:  # type: ignore[override]
+        """Step the first half of the network, and at times the second."""
+        optimizers: Any = self.optimizers()
+        loss = super().training_step(batch)
+        self.manual_backward(loss)
+        optimizers[0].step()
+        if index % 2:
+            optimizers[1].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Take one for each half."""
+        halves: Any = self.net
+        return [Adam(halves[:3].parameters(), 0.01), SGD(halves[3:].parameters(), 0.01)]
+
+
+def loader(batches: int = STEPS) -> DataLoader[Any]:
+    """Make batches of two rows."""
+    x = torch.randn(2 * batches, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x), batch_size=2)
+
+
+def trainer(mode: str = "32-true", *callbacks: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Make a quiet Trainer; 16-mixed on a CPU needs its plugin."""
+    precision: dict[str, Any] = {"precision": mode}
+    if mode == "16-mixed":
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        precision = {"plugins": plugin}
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar"), False
+    )
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
+    return lightning.Trainer(
+        **(quiet | precision | {"callbacks": [*callbacks]} | kwargs)
+    )
+
+
+def fit(monitor: Any, mode: str, model: Any = None, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+    """Train with the Trainer."""
+    torch.manual_seed(0)
+    model = Lit() if model is None else model()
+    callbacks = [] if monitor is None else [monitor]
+    trainer(mode, *callbacks, **kwargs).fit(model, loader())
+    return model  # type: ignore[no-any-return]
+
+
+def run_fabric(monitor: Any, mode: str, net: Callable[[], nn.Module]) -> nn.Module:  # noqa: ANN401
+    """Train with Fabric."""
+    torch.manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    precision: dict[str, Any] = {"precision": mode}
+    if mode == "16-mixed":
+        precision = {"plugins": FabricMixed("16-mixed", device="cpu", scaler=scaler)}
+    callbacks = [] if monitor is None else [monitor]
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=callbacks, **precision)
+    module = net()
+    model, optimizer = fabric.setup(module, SGD(module.parameters(), lr=0.05))
+    for (x,) in loader():
+        fabric.backward(model(x).float().square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    fabric.call("on_train_end")
+    return module
+
+
+def run_plain(monitor: Any, mode: str, net: Callable[[], nn.Module]) -> nn.Module:  # noqa: ANN401
+    """Train with a loop of PyTorch's."""
+    torch.manual_seed(0)
+    module = net().to(torch.bfloat16 if mode == "bf16-true" else torch.float32)
+    optimizer = SGD(module.parameters(), lr=0.05)
+    is_half = mode == "16-mixed"
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=is_half)
+    half = torch.float16 if is_half else torch.bfloat16
+    if monitor is not None:
+        monitor.attach(module, scaler=scaler)
+    for (x,) in loader():
+        with torch.autocast("cpu", half, enabled="mixed" in mode):
+            loss = module(x.to(next(module.parameters()).dtype)).float().square().mean()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.detach()
+    return module
+
+
+def run_trainer(monitor: Any, mode: str, net: Callable[[], nn.Module]) -> nn.Module:  # noqa: ANN401
+    """Train with the Trainer, and return the network in the module."""
+    model = fit(monitor, mode, lambda: Lit(net()))
+    return model.net  # type: ignore[return-value]
+
+
+RUNS = {"plain": run_plain, "fabric": run_fabric, "trainer": run_trainer}
+
+
+def hooks(model: nn.Module) -> int:
+    """Count the hooks that are left."""
+    own = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+    )
+    optim = (
+        optim_hooks._global_optimizer_pre_hooks,
+        optim_hooks._global_optimizer_post_hooks,
+    )
+    return own + len(optim[0]) + len(optim[1]) + len(module_hooks._global_forward_hooks)
+
+
+# Runs
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_is_the_same_bit_for_bit_and_healthy_runs_raise_no_alarm(
+    run: str, mode: str
+) -> None:
+    """Weights with and without it are equal; no warning; every hook is gone."""
+    quiet = {"max_lost": "ignore"} if mode == "bf16-true" else {}
+    monitor = NumericsMonitor(interval=2, rules=quiet)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericsWarning)
+        watched = RUNS[run](monitor, mode, network)
+    plain = RUNS[run](None, mode, network)
+
+    assert all(
+        map(torch.equal, watched.state_dict().values(), plain.state_dict().values())
+    )
+    assert [r["step"] for r in monitor.records] == [0, 2, 4, 6]
+    assert not any(r["skipped"] or r["nonfinite"] for r in monitor.records)
+    scale = 2.0**10 if mode == "16-mixed" else 1.0
+    assert {r["scale"] for r in monitor.records} == {scale}
+    formats = {"32-true": "float32", "16-mixed": "float16"}
+    assert {r["format"] for r in monitor.records} == {formats.get(mode, "bfloat16")}
+    assert hooks(watched) == 0
+    assert monitor.step == STEPS
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", RUNS)
+def test_an_overflow_is_named_with_its_module_and_step(
+    run: str, mode: str, phase: str
+) -> None:
+    """At step 4, in module 3: and under a scaler, the step is skipped."""
+    quiet = {"max_lost": "ignore"}
+    monitor = NumericsMonitor(interval=100, rules=quiet)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NumericsWarning)
+        RUNS[run](monitor, mode, lambda: network(AT, phase))
+
+    first = next(r for r in monitor.records if r["nonfinite"])
+    where = first["nonfinite"]
+    prefix = "net." if run == "trainer" else ""
+    assert first["step"] == AT
+    assert where == {"module": f"{prefix}3", "phase": phase}
+    assert first["skipped"] == (mode == "16-mixed")
+    told = [str(w.message) for w in caught if w.category is NumericsWarning]
+    if mode == "16-mixed" and phase == "backward":  # the scaler's business
+        assert told == []
+    else:
+        end = f"{phase} of '{prefix}3' at step {AT}"
+        assert told == [f"nonfinite: NaN or Inf began in {end}"]
+
+
+def test_raising_ends_the_run_before_the_weights_are_spoiled() -> None:
+    """The error comes before the optimizer; the record is kept, the hooks are gone."""
+    for run, wrap in RUNS.items():
+        monitor = NumericsMonitor(rules={"nonfinite": "raise"})
+        nets: list[nn.Module] = []
+
+        def make(nets: list[nn.Module] = nets) -> nn.Module:
+            nets.append(network(AT))
+            return nets[0]
+
+        with pytest.raises(NumericsError, match=f"forward of '.*3' at step {AT}"):
+            wrap(monitor, "32-true", make)
+
+        assert all(bool(p.isfinite().all()) for p in nets[0].parameters())
+        last = monitor.records[-1]
+        assert (last["step"], last["nonfinite"]["phase"]) == (AT, "forward")
+        if run == "trainer":
+            assert hooks(nets[0]) == 0
+        with monitor:
+            pass
+        assert hooks(nets[0]) == 0
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_lost_updates_are_seen(run: str) -> None:
+    """In bf16-true with a small step: the share is near 1, and one warning says so."""
+    monitor = NumericsMonitor(interval=3)
+
+    def small() -> nn.Module:
+        net = network()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(p.sign())  # neighbors of 1 are 2**-8 and 2**-7 away
+        return net
+
+    with pytest.warns(NumericsWarning, match="max_lost: 100.0% at step 0") as caught:
+        RUNS[run](monitor, "bf16-true", lambda: _scaled(small(), 1e-3))
+
+    assert sum(w.category is NumericsWarning for w in caught) == 1
+    assert [r["lost"] for r in monitor.records] == [1.0] * 3
+    assert {r["half_ulp"] for r in monitor.records} == {2.0**-8}
+    assert {r["update_ratio"] for r in monitor.records} == {0.0}
+
+
+def _scaled(net: nn.Module, factor: float) -> nn.Module:
+    """Make the loss, and so the gradients, small."""
+    for p in net.parameters():
+        p.register_hook(lambda grad: grad.clamp(-factor, factor))  # type: ignore[no-untyped-call]
+    return net
+
+
+def test_shares_are_exact() -> None:
+    """Zeros, underflow, lost updates and ratio, against their definitions."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(1000).bfloat16())
+    model = nn.ParameterList([weight])
+    optimizer = SGD(model.parameters(), lr=1.0)
+    monitor = NumericsMonitor(format=torch.float16, rules={"max_underflow": 1.0})
+    grad = (torch.randn(1000) * 10.0 ** torch.randint(-12, 0, (1000,))).bfloat16()
+    grad[::7] = 0
+    before = weight.detach().clone()
+    with monitor.attach(model):
+        weight.grad = grad.clone()
+        optimizer.step()
+    record = monitor.records[0]
+
+    alive = grad != 0
+    after = weight.detach()
+    assert record["zero"] == (~alive).sum() / 1000
+    assert record["underflow"] == (grad[alive].half() == 0).sum() / alive.sum()
+    assert record["lost"] == (alive & (after == before)).sum() / alive.sum()
+    ratio = (after.double() - before.double()).norm() / before.double().norm()
+    assert record["update_ratio"] == pytest.approx(ratio.item())
+    assert record["half_ulp"] == 2.0**-8
+
+
+def test_underflow_is_judged_at_the_scale() -> None:
+    """Gradients of 2**-30 are gone in float16, and there with a scale of 2**10."""
+    shares = []
+    for scale in (1.0, 2.0**10):
+        weight = nn.Parameter(torch.ones(4))
+        model = nn.ParameterList([weight])
+        optimizer = SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        rules = {"max_underflow": (0.5, "warn")}
+        monitor = NumericsMonitor(format=torch.float16, rules=rules)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with monitor.attach(model, scaler=scaler):
+                loss = weight.sum() * 2.0**-30
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+        shares.append(monitor.records[0]["underflow"])
+        assert len(caught) == (scale == 1)
+
+    assert shares == [1.0, 0.0]
+
+
+def test_a_collapsing_scale_is_told_once_by_each_rule() -> None:
+    """NaN at each step: skips in a row, then a scale below its limit; told once."""
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    rules: dict[str, Any] = {
+        "nonfinite": "ignore",
+        "max_consecutive_skips": 3,
+        "min_scale": 0.25,
+    }
+    monitor = NumericsMonitor(rules=rules)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with monitor.attach(model, scaler=scaler):
+            for _ in range(9):
+                loss = model(torch.full((1, 2), math.nan)).sum()
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+
+    assert [str(w.message) for w in caught] == [
+        "max_consecutive_skips: 4 in a row, the last for forward of '' at step 3",
+        "min_scale: it is 0.125 after step 6",
+    ]
+    assert [r["scale"] for r in monitor.records] == [2.0**n for n in range(4, -5, -1)]
+    assert all(r["skipped"] for r in monitor.records)
+    assert (monitor.skips, monitor.consecutive_skips, monitor.step) == (9, 9, 9)
+    assert "step" not in vars(scaler)
+
+
+def test_only_real_steps_count_under_accumulation() -> None:
+    """Three micro-batches make one step, with the Trainer and by hand."""
+    monitor = NumericsMonitor(interval=1)
+    fit(monitor, "16-mixed", accumulate_grad_batches=3)
+
+    assert [r["step"] for r in monitor.records] == [0, 1, 2]  # 3 + 3 + 1 batches
+
+
+def test_a_fault_in_a_micro_batch_is_found_at_its_step() -> None:
+    """The overflow is in the second of three micro-batches of step 1."""
+    monitor = NumericsMonitor(interval=100, rules={"nonfinite": "ignore"})
+    fit(monitor, "32-true", lambda: Lit(network(4)), accumulate_grad_batches=3)
+
+    first = next(r for r in monitor.records if r["nonfinite"])
+    assert (first["step"], first["nonfinite"]["module"]) == (1, "net.3")
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
+def test_several_optimizers_and_manual_optimization(mode: str) -> None:
+    """Each step of each optimizer has its record."""
+    monitor = NumericsMonitor(interval=1)
+    fit(monitor, mode, Manual)
+
+    order = [0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert [r["optimizer"] for r in monitor.records] == order
+    assert [r["step"] for r in monitor.records] == list(range(10))
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
+def test_fused_and_foreach_optimizers_under_a_scaler(options: dict[str, bool]) -> None:
+    """A fused step is called even if it skips; it is recorded as skipped."""
+    torch.manual_seed(0)
+    model = network(1, "backward")
+    optimizer = AdamW(model.parameters(), lr=1e-3, **options)  # type: ignore[arg-type]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monitor = NumericsMonitor(interval=1)
+    with monitor.attach(model, scaler=scaler):
+        for (x,) in loader(3):
+            torch.autograd.backward(scaler.scale(model(x).square().mean()))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    assert [r["skipped"] for r in monitor.records] == [False, True, False]
+    assert monitor.records[1]["nonfinite"] == {"module": "3", "phase": "backward"}
+
+
+def test_closures_are_seen_before_the_update() -> None:
+    """With LBFGS, gradients are those of its closure, and it steps once."""
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    x = next(iter(loader()))[0]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(x).square().mean()
+        torch.autograd.backward(loss)
+        return loss
+
+    monitor = NumericsMonitor(interval=1)
+    step: Any = optimizer.step
+    with monitor.attach(model):
+        step(closure)
+        step(closure=closure)
+
+    assert [r["step"] for r in monitor.records] == [0, 1]
+    assert monitor.records[0]["update_ratio"] > 0
+
+
+def test_functional_code_and_checkpoints_are_located() -> None:
+    """Between two modules: the later; after the last: said so; in a checkpoint."""
+
+    class Between(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.a, self.b, self.how = nn.Linear(8, 8), nn.Linear(8, 8), how
+            self.inner = network(0)
+
+        def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+            h = self.a(x)
+            if self.how == "between":
+                h = (h * 0).sqrt()  # its derivative is infinite
+            h = self.b(h)
+            if self.how == "after":
+                h = (h * 0).sqrt()
+            if self.how == "checkpoint":
+                h = checkpoint(self.inner, h, use_reentrant=False)
+            return h
+
+    found = {}
+    for how in ("between", "after", "checkpoint"):
+        model = Between(how)
+        monitor = NumericsMonitor(rules={"nonfinite": "ignore"})
+        optimizer = SGD(model.parameters(), lr=0.1)
+        with monitor.attach(model):
+            torch.autograd.backward(model(torch.ones(2, 8)).sum())
+            optimizer.step()
+        found[how] = tuple(monitor.records[0]["nonfinite"].values())
+
+    assert found == {
+        "between": ("b", "backward"),
+        "after": ("(after b)", "backward"),
+        "checkpoint": ("inner.3", "forward"),
+    }
+
+
+# FP8
+
+
+def test_amax_of_fp8_tensors_is_recorded() -> None:
+    """Delayed scaling: what the history holds; current scaling: what went in."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 32)
+    for recipe in (fp8.DelayedScaling(amax_history_len=4), fp8.Float8CurrentScaling()):
+        model = nn.Sequential(fp8.Linear(32, 16), fp8.Linear(16, 16))
+        optimizer = SGD(model.parameters(), lr=1e-3)
+        monitor = NumericsMonitor(interval=1)
+        weights = model.get_parameter("0.weight").detach().abs().amax()
+        with monitor.attach(model):
+            for factor in (1.0, 2.0):
+                with fp8.autocast(enabled=True, recipe=recipe):
+                    out = model(x * factor)
+                torch.autograd.backward(out.float().square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        first, second = (r["amax"] for r in monitor.records)
+
+        assert first["0.input"] == pytest.approx(x.abs().amax().item(), rel=1e-6)
+        assert second["0.input"] == pytest.approx(2 * first["0.input"], rel=1e-6)
+        assert {"0.grad_output", "1.input", "1.grad_output"} <= set(first)
+        if recipe.delayed():
+            assert first["0.weight"] == pytest.approx(weights.item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:fp8_autocast is deprecated")  # Lightning's
+def test_the_trainers_transformer_engine_plugin_is_watched() -> None:
+    """precision="transformer-engine", on the emulator: Linears become FP8's."""
+
+    class Wide(Lit):
+        def __init__(self) -> None:
+            super().__init__(
+                nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+            )
+
+    with fp8.installed():
+        monitor = NumericsMonitor(interval=1, rules={"max_lost": "ignore"})
+        runner = trainer("transformer-engine", monitor, max_steps=3)
+        x = torch.randn(48, 16)
+        runner.fit(Wide(), DataLoader(TensorDataset(x), batch_size=16))
+
+    assert [r["step"] for r in monitor.records] == [0, 1, 2]
+    assert {"net.0.input", "net.0.weight", "net.2.grad_output"} <= set(
+        monitor.records[-1]["amax"]
+    )
+
+
+# The record
+
+
+def test_an_interrupted_run_keeps_and_continues_its_file(tmp_path: Path) -> None:
+    """Killed in a line, then resumed: the later part replaces the lost one."""
+    path = tmp_path / "deep" / "run.jsonl"
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            if args[0].global_step == 5:
+                raise OSError("the machine is gone")
+
+    first = NumericsMonitor(path, interval=1)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="at{step}")
+    runner = trainer("16-mixed", first, keep, Stop(), enable_checkpointing=True)
+    with pytest.raises(OSError, match="the machine is gone"):
+        runner.fit(Lit(), loader())
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == [None, 0, 1, 2, 3, 4]
+    with path.open("a") as file:
+        file.write('{"step": 5, "sca')
+
+    second = NumericsMonitor(path, interval=1)
+    trainer("16-mixed", second).fit(
+        Lit(), loader(), ckpt_path=tmp_path / "atstep=3.ckpt", weights_only=False
+    )
+
+    assert [r["step"] for r in second.records] == [0, 1, 2, 3, 4, 5, 6]
+    assert second.records[:5] == first.records
+    assert NumericsMonitor.load(path).records == second.records
+    assert len(path.read_text("utf-8").splitlines()) == 1 + 5 + 1 + 1 + 4
+
+    fresh = NumericsMonitor(path, interval=1)
+    trainer("32-true", fresh, max_steps=1).fit(Lit(), loader())
+    assert [r["step"] for r in NumericsMonitor.load(path).records] == [0]
+
+
+def test_records_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    """Every line is there when the step is over, not when the run is."""
+    path = tmp_path / "run.jsonl"
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(path, interval=1).attach(model):
+        for step in range(3):
+            torch.autograd.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            lines = path.read_text("utf-8").splitlines()
+            assert [json.loads(x).get("step") for x in lines[1:]] == list(
+                range(step + 1)
+            )
+
+
+def test_fabric_checkpoints_carry_the_counts(tmp_path: Path) -> None:
+    """It is stateful: fabric.save takes it as it takes a model."""
+    monitor = NumericsMonitor()
+    run_fabric(monitor, "16-mixed", network)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "f.ckpt", {"monitor": monitor})
+    other = NumericsMonitor()
+    fabric.load(tmp_path / "f.ckpt", {"monitor": other})
+
+    assert other.state_dict() == monitor.state_dict()
+    assert other.step == STEPS
+
+
+def test_numbers_go_to_the_loggers(tmp_path: Path) -> None:
+    """CSVLogger of Trainer and Fabric, and a function of yours."""
+    logger = CSVLogger(tmp_path)
+    fit(NumericsMonitor(interval=3), "16-mixed", logger=logger)
+    text = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    assert "numerics/scale" in text[0]
+    assert len(text) == 1 + 3
+
+    seen: list[tuple[int, float]] = []
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = NumericsMonitor(interval=2)
+    with monitor.attach(model, log=lambda m, s: seen.append((s, m["numerics/lost"]))):
+        for _ in range(4):
+            torch.autograd.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+    assert seen == [(0, 0.0), (2, 0.0)]
+
+    fabric_logger = CSVLogger(tmp_path / "fabric")
+    fabric = Fabric(
+        accelerator="cpu", devices=1, loggers=fabric_logger, callbacks=NumericsMonitor()
+    )
+    linear = nn.Linear(2, 1)
+    setup, stepper = fabric.setup(linear, SGD(linear.parameters(), lr=0.1))
+    fabric.backward(setup(torch.ones(1, 2)).sum())
+    stepper.step()
+    fabric.call("on_train_end")
+    fabric_logger.save()
+    assert "numerics/scale" in Path(fabric_logger.log_dir, "metrics.csv").read_text()
+
+
+def test_plot_draws_the_run(tmp_path: Path) -> None:
+    """Four panels with the records' points; no record: an error."""
+    path = tmp_path / "run.jsonl"
+    monitor = NumericsMonitor(path, interval=1)
+    fit(monitor, "16-mixed", lambda: Lit(network(2, "backward")))
+    loaded = NumericsMonitor.load(path)
+
+    figure = loaded.plot()
+    figure.savefig(tmp_path / "run.png")
+
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "Loss scale",
+        "Shares",
+        "Size of an update",
+        "amax of FP8 tensors",
+    ]
+    scale, bad = figure.axes[0].lines[:2]
+    assert list(scale.get_ydata()) == [r["scale"] for r in monitor.records]  # type: ignore[arg-type]
+    assert list(bad.get_xdata()) == [2]  # type: ignore[arg-type]
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no step is recorded yet"):
+        NumericsMonitor().plot()
+
+
+# Errors
+
+
+def test_wrong_arguments_are_refused() -> None:
+    """One clear error each, before a hook is set."""
+    model = nn.Linear(2, 1)
+    for name in ("interval", "sample"):
+        for bad in (0, -1, 1.5, "2"):
+            with pytest.raises(
+                ValueError, match=f"{name} must be a whole number from 1"
+            ):
+                NumericsMonitor(**{name: bad})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="format must be a floating-point dtype"):
+        NumericsMonitor(format=torch.int8)
+    with pytest.raises(ValueError, match=r"unknown rule 'min_scal', allow"):
+        NumericsMonitor(rules={"min_scal": 1.0})
+    with pytest.raises(ValueError, match=r"allowed are .*got 'stop'"):
+        NumericsMonitor(rules={"max_lost": "stop"})
+    with pytest.raises(ValueError, match="rule 'max_lost': the limit must be >= 0"):
+        NumericsMonitor(rules={"max_lost": math.nan})
+    with pytest.raises(TypeError, match="rule 'max_lost': the limit must be a number"):
+        NumericsMonitor(rules={"max_lost": None})  # type: ignore[dict-item]
+    monitor = NumericsMonitor()
+    with pytest.raises(TypeError, match=r"nn\.Module, got int"):
+        monitor.attach(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scaler must have the methods"):
+        monitor.attach(model, scaler=3)
+    for state in ({}, {"step": 1}, {"step": -1, "skips": 0, "consecutive_skips": 0}):
+        with pytest.raises(ValueError, match="the state must have counts of"):
+            monitor.load_state_dict(state)
+    with (
+        monitor.attach(model),
+        pytest.raises(RuntimeError, match="attached already"),
+    ):
+        monitor.attach(model)
+    assert hooks(model) == 0
+    assert set(monitor.rules) == set(RULES)
+
+
+def test_optimizers_of_other_models_are_left_alone() -> None:
+    """Only steps over the attached model's parameters count."""
+    mine, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    monitor = NumericsMonitor(interval=1)
+    with monitor.attach(mine):
+        for model in (other, mine, other):
+            torch.autograd.backward(model(torch.ones(1, 2)).sum())
+            SGD(model.parameters(), lr=0.1).step()
+
+    assert len(monitor.records) == 1
