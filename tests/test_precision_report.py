@@ -55,7 +55,7 @@ class Case:
     optimizer: Callable[[Any], Optimizer] | None = None  # AdamW with lr
     lr: float = 1e-2
     score: Loss | None = None
-    steps: int = 40
+    steps: int = 30
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """Make the optimizer over what trains."""
@@ -367,7 +367,8 @@ def test_a_planted_fault_is_told_and_its_training_fails(fault: str) -> None:
     for mode in unsafe.split():
         verdict = report.verdicts[mode]
         assert verdict.level == "unsafe", str(report)
-        assert any(re.search(words, f.text) for f in verdict.findings), str(report)
+        worst = [f.text for f in verdict.findings if f.level == "unsafe"]
+        assert any(re.search(words, text) for text in worst), str(report)
         assert fails(case, mode, SCALE if mode == "16-mixed" else None), mode
     for mode in safe.split():
         assert report.verdicts[mode].is_safe, f"{fault}, {mode}: {report}"
@@ -411,7 +412,7 @@ def test_adam_in_fp16_becomes_nan_as_foretold() -> None:
 
 
 @pytest.mark.parametrize("rows", [24, 32, 33])
-@pytest.mark.parametrize("wide", [(32, 32), (32, 24), (48, 32), (20, 32)])
+@pytest.mark.parametrize("wide", [(32, 32), (32, 20), (48, 32), (20, 32)])
 def test_shapes_that_fp8_refuses_are_noted(rows: int, wide: tuple[int, int]) -> None:
     """A note for each recipe that the emulator, as Transformer Engine, raises for."""
     model = nn.Linear(*wide)
@@ -529,7 +530,7 @@ def healthy() -> dict[str, Case]:
             ), (images, images.flatten(1).argmax(1) % 32), F.cross_entropy,
         ),
         "encoder": Case(
-            nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False),
+            nn.TransformerEncoder(encoder, 1, enable_nested_tensor=False),
             (sequence, sequence.roll(1, 1) / 2),
         ),
         "lstm": Case(Recurrent(), (sequence, sequence[:, -1] / 2)),
@@ -619,7 +620,7 @@ def state(model: nn.Module, x: Tensor) -> list[Any]:
         [(m.training, *m.__dict__, len(m._forward_hooks)) for m in model.modules()],
         getattr(model, "calls", 0), bits(x), bits(x.grad),
         torch.get_rng_state().tolist(), random.getstate(),
-        np.random.get_state(legacy=False),  # noqa: NPY002
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),  # noqa: NPY002
         len(torch.nn.modules.module._global_forward_hooks),
         len(torch.nn.modules.module._global_forward_pre_hooks),
         torch.is_grad_enabled(), torch.get_default_dtype(),
@@ -659,15 +660,16 @@ def test_the_report_leaves_no_trace(training: bool, way: str, ends: str) -> None
 def test_hooks_of_the_reader_do_not_step_an_optimizer() -> None:
     """What runs when a gradient has arrived, such as a step, is left out."""
     model = mlp()
-    optimizer = SGD(model.parameters(), 1.0)
+    optimizer, called = SGD(model.parameters(), 1.0), []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            lambda _: optimizer.step()
+            lambda _: called.append(optimizer.step())
         )
     before = copy.deepcopy(model.state_dict())
 
     precision_report(model, (X, Y), F.mse_loss)
 
+    assert not called
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     torch.autograd.backward(F.mse_loss(model(X), Y))
     changed = next(model.parameters())

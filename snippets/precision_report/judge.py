@@ -221,16 +221,15 @@ class _Judge:
         formats = dict.fromkeys(("input", "weight"), self.mode.forward)
         formats["grad_output"] = self.mode.grad
         linear = [r for r in self.report.rows if r.layer in _LINEAR]
-        rows_in, columns_in = (32, 32) if FORMATS[self.mode.forward].block else (8, 16)
+        block = FORMATS[self.mode.forward].block or 16  # of sums over rows as well
         unfit = {}
         for row in linear:
-            rows, columns = math.prod(row.shape[:-1]), row.shape[-1]
-            fits = rows % rows_in == 0 and columns % columns_in == 0
-            if not fits and row.kind in {"input", "weight"} and row.tensor != "bias":
-                unfit[row.module] = (
-                    f"`{row.module}` {row.kind} has {rows} x {columns} numbers, FP8 "
-                    f"needs multiples of {rows_in} x {columns_in}"
-                )
+            sizes = math.prod(row.shape[:-1]), row.shape[-1]
+            is_operand = row.kind in {"input", "weight"} and row.tensor != "bias"
+            if is_operand and any(size % block for size in sizes):
+                numbers = " x ".join(map(str, sizes))
+                text = f"`{row.module}` {row.kind} has {numbers} numbers"
+                unfit[row.module] = f"{text}, FP8 needs multiples of {block}"
         for row in linear:
             if row.module not in unfit and row.kind in formats and row.tensor != "bias":
                 self.share(row, formats[row.kind], "underflow", "fp8", "underflows")

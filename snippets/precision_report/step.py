@@ -55,10 +55,7 @@ def next_step(optimizer: Optimizer, parameters: list[Tensor]) -> dict[int, Tenso
     for parameter in parameters:
         twins[id(parameter)].grad = parameter.grad
     twin = copy.deepcopy(optimizer, dict(twins))
-    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(twin, name, {}).clear()
-    # A scheduler puts a `step` of the original on the instance; this is the class's.
-    type(twin).step(twin)
+    twin.step()  # the class's: copies have neither a scheduler's wrapper nor hooks
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {
         id(p): twins[id(p)].detach() - p.detach()
@@ -86,13 +83,14 @@ def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], 
     owned = [t for r in roots for t in (*r.parameters(), *r.buffers())]
     owned += [t for _, t in tensors_in(others, every=True)]
     values = [(t, t.detach().clone()) for t in {id(t): t for t in owned}.values()]
-    grads: dict[int, tuple[Tensor, Tensor | None, Any]] = {}
+    grads: dict[int, tuple[Tensor, Tensor | None, dict[Any, Any], Any]] = {}
 
     def set_aside(tensor: Tensor) -> None:
         if tensor.is_leaf and tensor.requires_grad and id(tensor) not in grads:
-            grads[id(tensor)] = tensor, tensor.grad, tensor._post_accumulate_grad_hooks
+            called = tensor._post_accumulate_grad_hooks or {}
+            grads[id(tensor)] = tensor, tensor.grad, called, dict(called)
             tensor.grad = None
-            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            called.clear()  # autograd holds this dict, whatever the attribute says
 
     def prepare(loss: Tensor) -> None:
         for tensor in (*owned, *_leaves(loss)):
@@ -113,9 +111,9 @@ def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], 
         for tensor, value in values:
             if not torch.equal(tensor, value):
                 tensor.data.copy_(value)
-        for tensor, grad, called in grads.values():
+        for tensor, grad, called, saved in grads.values():
             tensor.grad = grad
-            tensor._post_accumulate_grad_hooks = called
+            called.update(saved)
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
