@@ -1124,7 +1124,7 @@ def test_the_command_prints_and_exits(
     [
         ("my_script", "my_script:build, got 'my_script'"),
         ("nothing:build", "no nothing.py in"),
-        ("my_script:buidl", "did you mean 'build'"),
+        ("my_script:build_", "did you mean 'build'"),
         ("my_script:odd", "must return .model, batch, loss_fn., got int"),
         ("my_script:fails", "my_script:fails raises KeyError: 'x'"),
         ("my_script:build --lr -1", "lr must be positive"),
