@@ -96,6 +96,18 @@ def test_one_scale_is_enough_down_to_the_smallest_normal_number(name: str) -> No
     assert error[1000:].max() > 2 * 2.0 ** -(p + 1)
 
 
+@pytest.mark.parametrize(("name", "least"), [("E4M3", 27 / 28), ("E5M2", 13 / 14)])
+def test_what_is_close_to_amax_becomes_amax(name: str, least: float) -> None:
+    """The number next to amax is a 14th smaller in E4M3, a 7th in E5M2."""
+    parts = torch.tensor([least - 1e-4, least + 1e-4])
+    for amax in (0.3, 1.0, 236.0):
+        x = torch.cat([torch.ones(1), parts]) * amax
+        codes = in_fp8(x, name)
+
+        assert codes[2] == codes[0]
+        assert codes[1] / codes[0] == pytest.approx(2 * least - 1)
+
+
 def test_an_update_below_half_a_step_is_lost_in_e4m3() -> None:
     """A weight in E4M3 is moved by more than half of its step, and by nothing less."""
     codes = torch.arange(0x09, 0x7E, dtype=torch.uint8)  # normal, and a step above it
@@ -156,8 +168,64 @@ def test_the_benchmark_still_trains_as_recorded(record: dict[str, Any]) -> None:
             assert abs(loss / recorded - 1) < 2**-8
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_state_beside_the_product_is_the_same_function(residual: bool) -> None:
+    """Both recurrent networks start from equal weights and return equal scores."""
+    torch.manual_seed(0)
+    model = fp8_training.Recurrent(residual)
+    ink = torch.arange(128.0).view(2, 64) % 17
+    torch.manual_seed(0)
+    expected = fp8_training.Recurrent(False)(ink)
+
+    assert torch.allclose(model(ink), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pale scans", "recurrent"])
+def test_the_tasks_are_still_learned_as_recorded(
+    name: str, record: dict[str, Any]
+) -> None:
+    """The first point of a curve, within what BF16 leaves to the order of sums."""
+    task, run = fp8_training.TASKS[name], fp8_training.runs()["current"]
+    losses, right = fp8_training.learn(task, run, 0, fp8_training.POINT)
+    recorded = record[name]["runs"]["current"]["seeds"][0][0]
+
+    assert abs(sum(losses) / len(losses) / recorded - 1) < 2**-7
+    assert all(0 <= part <= 1 for part in right)
+
+
+def test_e5m2_alone_fails_where_all_others_learn(record: dict[str, Any]) -> None:
+    """On pale scans, in each seed; with the paper's gray taken off it does not."""
+    pale, centered = record["pale scans"], record["pale scans, centered"]
+    for name, run in pale["runs"].items():
+        assert len(run["right"]) >= 3
+        if name == "E5M2 only":
+            assert max(run["right"]) < 20
+            assert all(min(curve) > math.log(10) - 0.05 for curve in run["seeds"])
+        else:
+            assert min(run["right"]) > 97
+        assert min(centered["runs"][name]["right"]) > 99
+
+
+def test_e5m2_alone_loses_a_running_sum(record: dict[str, Any]) -> None:
+    """More than twice what FP8 loses; beside the product a few percent."""
+    through, beside = (record[f"recurrent{end}"]["runs"] for end in ("", ", residual"))
+    for e5m2, current in zip(
+        through["E5M2 only"]["percent"], through["current"]["percent"], strict=True
+    ):
+        assert e5m2 > max(20, 2 * current)
+    for name in ("current", "E5M2 only"):
+        assert max(beside[name]["percent"]) < 7
+
+
 def test_the_record_is_complete(record: dict[str, Any]) -> None:
     """Each run that the benchmark makes, with curves as long as their axis."""
+    for name, task in fp8_training.TASKS.items():
+        assert list(record[name]["runs"]) == list(task.recipes)
+        assert record[name]["steps"][-1] == task.steps
+        for run in record[name]["runs"].values():
+            assert {len(curve) for curve in run["seeds"]} == {
+                len(record[name]["steps"])
+            }
     assert list(record["runs"]) == list(fp8_training.runs())
     for run in record["runs"].values():
         assert {len(curve) for curve in run["seeds"]} == {len(record["steps"])}
