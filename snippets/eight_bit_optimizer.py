@@ -11,6 +11,7 @@ device: each moment is stored as 8-bit codes, with one float32 scale for 256 of 
     Sources: Dettmers et al. 2022, arXiv:2110.02861, sections 1 and 2 (the method);
              Dettmers 2016, arXiv:1511.04561 (the dynamic map);
              Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (AdamW);
+             Li et al. 2023, arXiv:2309.01507 (zeros in the second moment);
              bitsandbytes 0.50.2, backends/cpu/ops.py, csrc/cpu_ops.cpp (arithmetic).
     Changed: 2026-11-22
 
@@ -140,7 +141,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Each step makes the moments float32, for 2**20 values at a time, updates them and
     the weight, and quantizes them again: the first moment with the signed dynamic map,
-    the second with the unsigned one. The arithmetic is that of bitsandbytes.
+    the second with the unsigned one. The arithmetic is that of bitsandbytes, but a
+    second moment that is not 0 is not stored as 0: the next step divides by its root.
 
     A parameter of fewer than ``min_8bit_size`` values, or in a group with
     ``"optim_bits": 32``, has float32 moments: with a float32 weight the steps are those
@@ -244,7 +246,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 moments = [_dequantize(*old[i], maps[i], size) for i in (0, 1)]
                 _adamw([*(t[part] for t in flat), *moments], state, group)
                 for i in (0, 1):
-                    _copy(_quantize(moments[i], maps[i], size), old[i])
+                    _copy(_quantize(moments[i], maps[i], size, floor=i == 1), old[i])
         if not p.is_contiguous():
             p.copy_(flat[0].view(p.shape))
 
@@ -275,7 +277,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _quantize(
-    x: Tensor, code: Tensor, size: int, by_table: bool = False
+    x: Tensor, code: Tensor, size: int, by_table: bool = False, floor: bool = False
 ) -> tuple[Tensor, Tensor]:
     size = min(size, max(x.numel(), 1))
     blocks = F.pad(x.reshape(-1).float(), (0, -x.numel() % size)).view(-1, size)
@@ -292,6 +294,8 @@ def _quantize(
         codes = table[place.float().nan_to_num().int()] * (absmax != 0)[:, None]
     else:
         codes = torch.bucketize(scaled, middles, out_int32=True)
+    if floor:  # a divisor: what is not 0 shall not become 0
+        codes = codes.maximum((scaled > 0).to(codes.dtype))
     codes = codes.to(torch.uint8).view(-1)[: x.numel()]
     return codes.view(x.shape), absmax
 
@@ -396,8 +400,8 @@ def _check_saved(
     for name in _MOMENTS:
         old, new = _stored(saved, name), _stored(state, name)
         if len(old) < len(new) and old[0].shape == p.shape:
-            moment, code = old[0].to(p.device), _map(name, p.device)
-            old = [*_quantize(moment, code, state["block_size"])]
+            args = old[0].to(p.device), _map(name, p.device), state["block_size"]
+            old = [*_quantize(*args, floor=name == "exp_avg_sq")]
         for source, target in zip(old, new, strict=False):
             cast = narrow and source.dtype != target.dtype
             if cast or source.shape != target.shape:
