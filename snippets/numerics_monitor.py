@@ -189,7 +189,7 @@ class NumericsMonitor(_Callback):
             own = any(True for _ in module.parameters(recurse=False))
             is_leaf = not any(True for _ in module.children())
             if own or (is_leaf and type(module) not in _PASSIVE):
-                hook = partial(self._forward, name)
+                hook = partial(self._forward, name, hasattr(module, "fp8_meta"))
                 self._handles.append(module.register_forward_hook(hook))
         before, after = (
             optim_hooks.register_optimizer_step_pre_hook,
@@ -288,27 +288,32 @@ class NumericsMonitor(_Callback):
 
     # ---------------------------------------------------- what a step leaves
 
-    def _forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
-        if not (torch.is_grad_enabled() or module.training):
+    def _forward(
+        self,
+        name: str,
+        is_fp8: bool,
+        module: nn.Module,
+        args: object,
+        output: object,
+    ) -> None:
+        if not (module.training or torch.is_grad_enabled()):
             return
-        is_fp8 = hasattr(module, "fp8_meta") and self._is_due
-        with torch.no_grad():
-            if is_fp8:
-                self._see_amax(f"{name}.input", args)
-            for x in _floats(args):
-                maker = self._makers.get(id(x))
-                if maker is not None and maker[0]() is x:
-                    self._readers.setdefault(maker[1], []).append(name)
-            for y in _floats(output):
-                self._tape.append(("output", name, _sum(y)))
-                self._dtypes[y.dtype] += 1
-                if y.requires_grad and not torch.is_inference(y):
-                    self._makers[id(y)] = weakref.ref(y), name
-                    _hook(y, partial(self._backward, name))
+        if is_fp8 and self._is_due:
+            self._see_amax(f"{name}.input", args)
+        for x in _floats(args):
+            maker = self._makers.get(id(x))
+            if maker is not None and maker[0]() is x:
+                self._readers.setdefault(maker[1], []).append(name)
+        for y in _floats(output):
+            self._tape.append(("output", name, _sum(y)))
+            self._dtypes[y.dtype] += 1
+            if y.requires_grad:
+                self._makers[id(y)] = weakref.ref(y), name
+                _hook(y, partial(self._backward, name, is_fp8))
 
-    def _backward(self, name: str, grad: Tensor) -> None:
+    def _backward(self, name: str, is_fp8: bool, grad: Tensor) -> None:
         self._tape.append(("grad_output", name, _sum(grad)))
-        if self._is_due and hasattr(self._model.get_submodule(name), "fp8_meta"):
+        if is_fp8 and self._is_due:
             self._see_amax(f"{name}.grad_output", grad)
 
     def _see_amax(self, name: str, things: object) -> None:
@@ -651,12 +656,14 @@ def _sum(tensor: Any) -> Tensor:  # noqa: ANN401
 
 
 def _finite(values: list[Tensor]) -> list[bool]:
-    """Ask of numbers whether they are finite, once for each device."""
+    """Ask of numbers whether they are finite: once for each device and dtype."""
+    alike: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        alike.setdefault((value.device, value.dtype), []).append(i)
     flags = [False] * len(values)
-    for device in {v.device for v in values}:
-        at = [i for i, v in enumerate(values) if v.device == device]
-        stacked = torch.stack([values[i].double() for i in at]).isfinite().tolist()
-        for i, flag in zip(at, stacked, strict=True):
+    for at in alike.values():
+        answers = torch.stack([values[i] for i in at]).isfinite().tolist()
+        for i, flag in zip(at, answers, strict=True):
             flags[i] = flag
     return flags
 

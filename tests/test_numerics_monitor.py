@@ -36,7 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 MODES = ["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 STEPS, AT = 7, 4
@@ -578,8 +579,8 @@ def test_an_interrupted_run_keeps_and_continues_its_file(tmp_path: Path) -> None
     path = tmp_path / "deep" / "run.jsonl"
 
     class Stop(lightning.Callback):
-        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-            if args[0].global_step == 5:
+        def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+            if trainer.global_step == 5:
                 raise OSError("the machine is gone")
 
     first = NumericsMonitor(path, interval=1)
