@@ -16,6 +16,7 @@ extensions = [
     "myst_parser",
     "sphinx_copybutton",
     "sphinx_design",
+    "choose",
     "explorer",
     "failures",
     "figures",
