@@ -42,16 +42,20 @@ def modules(snippet: Path) -> list[Path]:
 def packages(snippet: Path, *, optional: bool = False) -> set[str]:
     """Find what a snippet imports, itself and the standard library left out.
 
-    What only a function or method imports is optional: the copy works without it.
+    What only a function, a method or a type checker imports is optional: the copy works
+    without it.
     """
     names = set()
     for module in modules(snippet):
         tree = ast.parse(module.read_text("utf-8"))
         inner = {
             id(node)
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef)
-            for node in ast.walk(function)
+            for outer in ast.walk(tree)
+            if isinstance(outer, ast.FunctionDef)
+            or (
+                isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING"
+            )
+            for node in ast.walk(outer)
         }
         for node in ast.walk(tree):
             if (id(node) in inner) != optional:
