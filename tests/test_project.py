@@ -53,7 +53,7 @@ def packages(snippet: Path, *, optional: bool = False) -> set[str]:
             for outer in ast.walk(tree)
             if isinstance(outer, ast.FunctionDef)
             or (
-                isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING"
+                isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test)
             )
             for node in ast.walk(outer)
         }
