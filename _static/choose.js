@@ -320,7 +320,7 @@
         bar.append(piece);
         list.append(
           make("div", { class: `${within}kind ${within}${name}` },
-            make("dt", { text: kind }), make("dd", { text: written(bytes) })),
+            make("dt", { text: kind }), " ", make("dd", { text: written(bytes) })),
         );
       }
       const parting = [

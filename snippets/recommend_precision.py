@@ -210,8 +210,8 @@ failures/precision_is_replaced_on_a_cpu
 FP8 of other GPUs must be converted | background/number_formats
 pretrain finetune rl speech | * | amp-bf16 amp-fp16 | * | with few rows a batch, mixed \
 precision takes more memory than float32 | failures/mixed_precision_uses_more_memory
-lora | * | amp-bf16 amp-fp16 | * | store the frozen weights in 16 bits yourself, and the \
-adapters in float32: autocast changes neither | guide/mixed_precision
+lora | * | amp-bf16 amp-fp16 | * | store the frozen weights in 16 bits yourself, and \
+the adapters in float32: autocast changes neither | guide/mixed_precision
 lora | * | fsdp-bf16 fsdp-fp16 | * | FSDP shards weights of one dtype together: frozen \
 ones are counted in float32 | guide/mixed_precision
 rl | * | * | * | the engine that generates holds weights of its own, and its \
@@ -223,8 +223,8 @@ guide/half_precision_for_audio
 MXFP8 of 32 | failures/dimensions_not_divisible
 * | * | te-current te-mx | * | checkpoints have _extra_state, which nn.Linear neither \
 writes nor reads | failures/extra_state_in_the_checkpoint
-* | tf32 | fp32 | * | TF32 makes products of float32 less precise where it is on | \
-failures/tf32_flags_mixed
+scientific | tf32 | * | * | in float32, TF32 makes products less precise where it is \
+on | failures/tf32_flags_mixed
 * | slow64 | fp64 | * | this GPU computes float64 at 1/32 of the rate of float32, or \
 less | guide/double_precision
 """
