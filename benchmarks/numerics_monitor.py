@@ -30,8 +30,8 @@ from torch import nn
 
 from snippets.numerics_monitor import NumericsMonitor
 
-WIDTH, LAYERS, BATCH, TOKENS = 256, 4, 8, 128
-INTERVALS = 3
+WIDTH, LAYERS, BATCH, TOKENS = 512, 4, 8, 128
+INTERVALS = 2
 ALLOWED = 1.03
 MODES = ("32-true", "bf16-mixed")  # float16 products are emulated on most CPUs
 RECORD = Path(__file__).with_suffix(".json")
