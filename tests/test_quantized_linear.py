@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.quantized_linear import ALLOWED_RATIO, RECORD, jobs, measure
+from snippets import quantized_linear
 from snippets.quantized_linear import (
     CODEBOOKS,
     MODES,
@@ -228,6 +229,28 @@ def test_decoding_is_bitsandbytes_own(quant_type: str, double: bool) -> None:
         codes, absmax = quantize_4bit(weight, quant_type, block_size, double)
         got = dequantize_4bit(codes, absmax, (48, 4096), quant_type, block_size, dtype)
         assert same(got + 0, bnb_f.dequantize_4bit(wanted, state) + 0)  # a zero's sign
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_weight_of_many_chunks_is_quantized_as_bitsandbytes_does(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With chunks of 8,192 values, whole and broken off."""
+    monkeypatch.setattr(quantized_linear, "_CHUNK", 2**13)
+    for shape in ((64, 1024), (5 * 2**13 + 4 * 64 + 37,)):
+        weight = hard(*shape, dtype=dtype)
+        check_equal_to_bnb(weight, "nf4", 64)
+        wanted, state = as_bnb(weight, "nf4", 64, double=False)
+        codes, absmax = quantize_4bit(weight)
+        got = dequantize_4bit(codes, absmax, shape, dtype=dtype)
+        assert same(got, bnb_f.dequantize_4bit(wanted, state).view(shape))
+    x = hard(70, 1000, dtype=dtype)
+    codes8, tops, _ = quantize_int8(x)
+    wanted = bnb_f.int8_vectorwise_quant(x)
+    assert same(codes8, wanted[0])
+    assert same(tops, wanted[1])
+    decoded = bnb_f.int8_vectorwise_dequant(codes8, tops)
+    assert same(dequantize_int8(codes8, tops), decoded)
 
 
 def test_two_threads_find_the_same_bits() -> None:
