@@ -501,9 +501,7 @@ def _redo(func: Any, args: Any, kwargs: Any) -> float | None:  # noqa: ANN401
         return wide if isinstance(x, torch.dtype) and x.is_floating_point else x
 
     try:
-        device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
-        with torch.autocast(device, enabled=False):
-            result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
         return max((float(t.abs().max()) for t in _tensors(result)), default=None)
     except (RuntimeError, TypeError, ValueError):
         return None  # an operation of other dtypes only

@@ -457,6 +457,38 @@ def test_an_infinity_on_purpose_is_a_fault_in_the_loss() -> None:
     assert "an infinity on purpose, which reached the loss" in result.message
 
 
+def test_a_value_that_was_read_and_healed_is_no_fault_though_kept() -> None:
+    """log(0) that is held at the end: forgotten where it was read, named where not."""
+    with FirstBadModule() as read:
+        kept = torch.zeros(3).log()
+        healed = kept.exp()
+        view = kept.detach()[:2]
+    with FirstBadModule() as unread:
+        also = torch.zeros(3).log()
+
+    assert healed.tolist() == [0.0] * 3
+    assert read.result is None
+    assert found(unread.result).operation == "aten.log"
+    assert torch.equal(view, also[:2])
+
+
+def test_memory_that_is_not_written_or_written_over_is_no_fault() -> None:
+    """Half-filled buffers hold anything; a value replaced in place is forgotten."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        with FirstBadModule() as block:
+            buffer = torch.empty(4)
+            buffer[:2] = 1.0
+            healed = torch.zeros(3).log()
+            healed.nan_to_num_(neginf=-1.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert buffer[3].isnan()
+    assert healed.tolist() == [-1.0] * 3
+    assert block.result is None, str(block)
+
+
 def test_zero_times_infinity_is_named_where_it_is_made() -> None:
     """The mask that multiplies by -Inf: NaN at every place that it should keep."""
     with FirstBadModule() as block:

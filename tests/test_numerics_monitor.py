@@ -521,6 +521,34 @@ def test_functional_code_and_checkpoints_are_located() -> None:
     }
 
 
+def test_of_two_readers_the_one_with_bad_weights_is_named() -> None:
+    """A residual stream is read twice; the branch whose backward overflows is named."""
+
+    class Sick(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            explode: Any = Explode.apply
+            return nn.functional.linear(explode(x), explode(self.weight))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fine = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.sick = Sick(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+            h = self.stem(x)
+            return self.sick(h) + self.fine(h)
+
+    model = Residual()
+    monitor = NumericsMonitor(rules={"nonfinite": "ignore"})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with monitor.attach(model):
+        torch.autograd.backward(model(torch.ones(2, 8)).sum())
+        optimizer.step()
+
+    assert monitor.records[0]["nonfinite"] == {"module": "sick", "phase": "backward"}
+
+
 # FP8
 
 
