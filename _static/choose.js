@@ -141,9 +141,9 @@
     build(root) {
       const { data } = this;
       const device = ([label, capability]) =>
-        capability ? `${label}, compute capability ${capability}` : label;
+        capability ? `${label} (${capability})` : label;
       this.selects = {
-        hardware: this.select("hardware", "Device", Object.entries(data.hardware).map(
+        hardware: this.select("hardware", "Device (compute capability)", Object.entries(data.hardware).map(
           ([key, about]) => [key, device(about)],
         )),
         framework: this.select("framework", "Framework", data.frameworks.map(
@@ -282,7 +282,8 @@
       const found = answer(this.data, { ...state, parameters });
       this.out.replaceChildren(...(found.nearest ? this.refusal(found) : this.answer(found)));
       const words = [state.hardware, state.framework].map((word) => `"${word}"`);
-      const number = String(parameters).replace("e+", "e");
+      const short = parameters % 1e6 === 0 ? parameters.toExponential() : String(parameters);
+      const number = short.replace("e+", "e");
       write(this.python, `recommend_precision(${words.join(", ")}, ${number}, "${state.task}")`);
       this.announce(found, typed);
     }

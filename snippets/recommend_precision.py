@@ -144,10 +144,14 @@ use up the 24 bits of float32 | guide/double_precision
 * | mx | te-mx | a scale for every 32 values, which the GPU applies itself, confines \
 an outlier to its block | guide/fp8
 * | fp8 | te-current | no state, nothing to tune, and nothing is clipped | guide/fp8
-inference | gpu bf16 | bf16 {_MIXED} | nothing is updated, so nothing is lost by \
+inference | gpu bf16 | bf16 | nothing is updated, so nothing is lost by \
 weights in 16 bits; BF16 has the range of float32 | guide/true_half
-inference | gpu !bf16 | fp16 {_MIXED_FP16} | nothing is updated, so nothing is lost by \
+inference | gpu !bf16 | fp16 | nothing is updated, so nothing is lost by \
 weights in 16 bits, and this GPU computes in FP16 | guide/true_half
+inference | gpu bf16 | amp-bf16 | products in BF16; the weights stay as they are \
+loaded, here counted in float32 | guide/mixed_precision
+inference | gpu !bf16 | amp-fp16 | products in FP16; the weights stay as they are \
+loaded, here counted in float32 | guide/mixed_precision
 train | gpu bf16 | {_MIXED} | products in BF16, which has the range of float32 and \
 needs no loss scale; the optimizer steps weights in float32 | guide/mixed_precision
 train | gpu !bf16 | {_MIXED_FP16} | this GPU computes in FP16, whose range needs a \

@@ -429,10 +429,8 @@ def test_every_question_is_shown_as_it_is_answered(chooser: Chooser) -> None:
         try:
             answer = eval(line, dict(scope))
         except NoRecommendation as refusal:
-            nearest = refusal.nearest
-        else:
-            nearest = None
-        if nearest:
+            answer, nearest = None, refusal.nearest
+        if answer is None:
             assert (setting, no) == (None, "No recommendation")
             assert nearest.setting in near
             assert nearest.framework in near
