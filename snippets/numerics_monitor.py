@@ -137,6 +137,7 @@ class NumericsMonitor(_Callback):
         self.rules = _rules(rules or {})
         self.records: list[dict[str, Any]] = []
         self.step = self.skips = self.consecutive_skips = 0
+        self._streaks: dict[int, int] = {}  # skips in a row, by optimizer
         self._broken: set[str] = set()  # rules: told once until they hold again
         self._handles: list[Any] = []
         self._loggers: Callable[[dict[str, float], int], Any] | None = None
@@ -283,6 +284,7 @@ class NumericsMonitor(_Callback):
                 f"the state must have counts of {[*mine]}, got {state_dict}"
             )
         vars(self).update(state_dict)
+        self._streaks = {0: self.consecutive_skips}
         if self._handles:
             self._start()
 
@@ -390,7 +392,9 @@ class NumericsMonitor(_Callback):
         is_checked = self._scaler is not None  # by the scaler
         is_bad = skipped or not (is_checked or _all_finite(p.grad for _, p in groups))
         self.skips += skipped
-        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        streak = self._streaks.get(record["optimizer"], 0) + 1 if skipped else 0
+        self._streaks[record["optimizer"]] = streak
+        self.consecutive_skips = max(self._streaks.values())
         if is_bad:
             module, phase = self._first_bad([p for _, p in groups])
             record["nonfinite"] = {"module": module, "phase": phase}
@@ -399,7 +403,7 @@ class NumericsMonitor(_Callback):
             self._judge(
                 "nonfinite", not is_cured, f"NaN or Inf began in {where} at step"
             )
-            limit, many = self.rules["max_consecutive_skips"][0], self.consecutive_skips
+            limit, many = self.rules["max_consecutive_skips"][0], streak
             text = f"{many} in a row, the last for {where} at step"
             self._judge("max_consecutive_skips", many > limit, text)
         elif self._is_due:

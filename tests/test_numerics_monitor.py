@@ -415,6 +415,26 @@ def test_a_collapsing_scale_is_told_once_by_each_rule() -> None:
     assert "step" not in vars(scaler)
 
 
+def test_skips_in_a_row_are_counted_for_each_optimizer() -> None:
+    """The other optimizer's healthy steps do not end the row."""
+    sick, fine = nn.Linear(2, 1), nn.Linear(2, 1)
+    model = nn.ModuleList([sick, fine])
+    optimizers = [SGD(m.parameters(), lr=0.1) for m in (sick, fine)]
+    scaler = torch.amp.GradScaler("cpu")
+    monitor = NumericsMonitor(rules={"nonfinite": "ignore"})
+    with monitor.attach(model, scaler=scaler):
+        for _ in range(3):
+            loss = sick(torch.full((1, 2), math.nan)) + fine(torch.ones(1, 2)).detach()
+            torch.autograd.backward(scaler.scale(loss.sum()))
+            torch.autograd.backward(scaler.scale(fine(torch.ones(1, 2)).sum()))
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+
+    assert (monitor.skips, monitor.consecutive_skips, monitor.step) == (3, 3, 6)
+
+
 def test_only_real_steps_count_under_accumulation() -> None:
     """Three micro-batches make one step, with the Trainer and by hand."""
     monitor = NumericsMonitor(interval=1)
@@ -460,6 +480,7 @@ def test_fused_and_foreach_optimizers_under_a_scaler(options: dict[str, bool]) -
 
     assert [r["skipped"] for r in monitor.records] == [False, True, False]
     assert monitor.records[1]["nonfinite"] == {"module": "3", "phase": "backward"}
+    assert (monitor.skips, monitor.consecutive_skips) == (1, 0)
 
 
 def test_closures_are_seen_before_the_update() -> None:
