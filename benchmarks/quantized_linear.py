@@ -8,7 +8,8 @@ Run from the top of the project on a quiet machine; it prints a table and record
 A job works on 16 million numbers, on one thread and on two. In a round each way of the
 job runs once, in turn; times are medians over the rounds, and a ratio is the median of
 the ratios of each round, to the fastest of the others. torchao's NF4 always quantizes
-its absmax too.
+its absmax too. The record has the load average before the start: where it is not near
+zero, two threads had less than two cores, and their rows say little.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -18,6 +19,7 @@ import datetime
 import importlib
 import json
 import logging
+import os
 import platform
 import statistics
 import sys
@@ -140,6 +142,7 @@ def measure(threads: int, side: int = SIDE, rounds: int = ROUNDS) -> list[Any]:
 
 def main() -> int:
     """Measure, print and record; return 1 if a job takes too long."""
+    load = os.getloadavg()[0]
     rows = [row for threads in (1, 2) for row in measure(threads)]
     for row in rows:
         print(
@@ -153,6 +156,7 @@ def main() -> int:
         "torch": torch.__version__,
         "values": SIDE**2,
         "rounds": ROUNDS,
+        "load": round(load, 1),
         "allowed": ALLOWED_RATIO,
         "jobs": rows,
     }

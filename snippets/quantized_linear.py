@@ -43,7 +43,7 @@ _FP4 = [sign * v for sign in (1, -1) for v in (0, 1 / 16, 8, 12, 4, 6, 2, 3)]
 CODEBOOKS = {"nf4": torch.tensor(_NF4), "fp4": torch.tensor(_FP4).div(12)}  # by code
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 2**19  # values at a time: what is between the steps stays in the cache
+_CHUNK = 2**20  # values at a time: what is between the steps stays in the cache
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
