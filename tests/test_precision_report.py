@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adadelta, Adagrad, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 from snippets import fp8 as te
@@ -411,6 +412,34 @@ def test_adam_in_fp16_becomes_nan_as_foretold() -> None:
     assert works(plain, "16-true")
 
 
+OPTIMIZERS: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
+    "RMSprop": (lambda p: RMSprop(p, 1e-3), "unsafe"),
+    "Adagrad": (lambda p: Adagrad(p, 1e-2), "unsafe"),
+    "AdamW, eps=1e-6": (lambda p: AdamW(p, 1e-2, eps=1e-6), "unsafe"),
+    "RMSprop, eps=1e-4": (lambda p: RMSprop(p, 1e-3, eps=1e-4), "safe"),
+    "AdamW, eps=1e-4": (lambda p: AdamW(p, 1e-2, eps=1e-4), "caution"),
+    "Adadelta": (lambda p: Adadelta(p, 1.0), "safe"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_other_optimizers_in_fp16_hold_or_not_as_foretold(name: str) -> None:
+    """Whoever divides by a root plus eps fails as Adam does, unless eps is large."""
+    make, level = OPTIMIZERS[name]
+    x, kinds = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    case = Case(model, (x, kinds), F.cross_entropy, make)
+    verdict = case.report().verdicts["16-true"]
+
+    divides = [f for f in verdict.findings if " divides by eps=" in f.text]
+    assert [f.level for f in divides] == ([level] if level != "safe" else [])
+    if divides:
+        assert divides[0].text.startswith(name.partition(",")[0].removesuffix("W"))
+    assert verdict.is_safe == (level != "unsafe"), verdict
+    assert (fails if level == "unsafe" else works)(case, "16-true")
+
+
 @pytest.mark.parametrize("rows", [24, 32, 33])
 @pytest.mark.parametrize("wide", [(32, 32), (32, 20), (48, 32), (20, 32)])
 def test_shapes_that_fp8_refuses_are_noted(rows: int, wide: tuple[int, int]) -> None:
@@ -543,6 +572,91 @@ def healthy() -> dict[str, Case]:
         "embeddings": Case(Bag(), (words, words[:, 0] % 32), F.cross_entropy),
         "attention": Case(Attention(), (sequence, sequence + sequence.mean(1, True))),
     }  # fmt: skip
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return 256 images of 64 pixels, and which digit each shows."""
+    x, kinds = load_digits(return_X_y=True)
+    return torch.tensor(x[:256] / 16).float(), torch.tensor(kinds[:256])
+
+
+class Radial(nn.Module):
+    """Features exp(-d**2), of which most are tiny in any one row."""
+
+    def __init__(self, centers: Tensor) -> None:
+        super().__init__()
+        self.centers, self.head = nn.Parameter(centers.clone()), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run, with the distances in FP32."""
+        distances = torch.cdist(x.float(), self.centers.float())
+        y: Tensor = self.head((-3 * distances.square()).exp())
+        return y
+
+
+class Sharp(nn.Module):
+    """Loud logits: where the answer is right, softmax has a gradient of nearly 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 128), nn.Linear(128, 10)
+        self.body.weight.data.mul_(60)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.head(F.gelu(self.body(x)))
+        return y
+
+
+class Hot(nn.Module):
+    """A softmax inside, so sharp that most of its numbers are tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+        self.body.weight.data.mul_(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.head(self.body(x).softmax(-1))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["radial", "sharp", "hot"])
+def test_small_numbers_beside_large_ones_are_no_alarm(kind: str) -> None:
+    """Most of an input or a gradient underflows, of each feature the largest stays."""
+    x, kinds = digits()
+    torch.manual_seed(0)
+    model = {"radial": lambda: Radial(x[:128]), "sharp": Sharp, "hot": Hot}[kind]()
+    case = Case(model, (x, kinds), F.cross_entropy, lr=3e-2, steps=40)
+    report = case.report()
+
+    module, what = {
+        "radial": ("head", "input"),
+        "sharp": ("", "grad_output"),
+        "hot": ("body", "grad_output"),
+    }[kind]
+    stats = find(report, module, what).formats
+    assert (stats["float16"]["underflow"] or 0.0) > 0.25
+    for mode, scale in (("16-mixed", SCALE), ("bf16-mixed", None)):
+        assert report.verdicts[mode].is_safe, str(report)
+        assert works(case, mode, scale), mode
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_a_feature_that_is_lost_whole_is_an_alarm(channels: bool) -> None:
+    """A third of the channels, or of the last places, are below FP16 in every row."""
+    x = data(300, 24, 4, 4) if channels else data(300, 4, 96)
+    third = x[:, :8] if channels else x[..., :32]
+    third *= 1e-12
+    model = nn.Conv2d(24, 8, 1) if channels else nn.Linear(96, 8)
+    report = precision_report(model, x, lambda y: y.square().mean())
+    stats = find(report, "", "input").formats["float16"]
+
+    # 128 lines of 32 numbers are drawn: within three standard deviations.
+    assert stats["features_lost"] == pytest.approx(1 / 3, abs=0.13)
+    assert stats["underflow"] == stats["features_lost"]
+    assert "`model` input underflows" in report.verdicts["16-mixed"].text
 
 
 HEALTHY = healthy()

@@ -91,12 +91,12 @@ class _Judge:
         at = (row.module, row.kind) if row else ("", "")
         self.findings.append(Finding(level, self.name, *at, text, *_FIXES[what], share))
 
-    def share(self, row: Row, fmt: str, what: str, fix: str, verb: str) -> None:
-        """Note a share that is worth a word."""
-        share = row.share(fmt, what)
+    def underflow(self, row: Row, fmt: str, fix: str) -> None:
+        """Note features that are lost; small numbers beside large ones harm nobody."""
+        share = row.share(fmt, "features_lost")
         if share >= SOME:
             level = "unsafe" if share >= MANY else "caution"
-            self.find(level, fix, f"{_at(row)} {verb} {percent(share)}", row, share)
+            self.find(level, fix, f"{_at(row)} underflows {percent(share)}", row, share)
 
     def forward(self) -> None:
         """Look for what does not fit: numbers, whole numbers, constants."""
@@ -116,7 +116,7 @@ class _Judge:
                 large.add(row.amax)  # the next module's input is the same tensor
                 text = f"{_at(row)} overflows {compute}: {row.amax:.2g}"
                 self.find("unsafe", "overflow", text, row, 1.0)
-            self.share(row, compute, "underflow", "underflow", "underflows")
+            self.underflow(row, compute, "underflow")
             lost = row.share(compute, "integers_lost")
             if (
                 lost >= SOME
@@ -161,7 +161,9 @@ class _Judge:
                 f"no loss scale fits: {_at(worst)} needs 2^{low}, "
                 f"{_at(largest)} overflows above 2^{high}"
             )
-            self.find("unsafe", "gradients", text, worst, 1.0)
+            share = max(_below(row, self.fmt, high) for row in rows)
+            level = "unsafe" if share >= MANY else "caution"
+            self.find(level, "gradients", text, worst, share)
             return None
         if low > 0:
             share = _below(worst, self.fmt)
@@ -190,13 +192,14 @@ class _Judge:
 
     def adam(self, optimizer: Optimizer | None) -> None:
         """Look for squared gradients that are zero where Adam divides by their root."""
-        groups: list[dict[str, Any]] = [{"eps": 1e-8, "betas": (0.9, 0.999)}]
+        groups: list[dict[str, Any]] = [{"eps": 1e-8, "betas": (0.9, 0.999), "lr": 0}]
         if optimizer:
-            groups = [g for g in optimizer.param_groups if {"eps", "betas"} <= g.keys()]
+            groups = [g for g in optimizer.param_groups if _decay(g) is not None]
             if not groups or not type(optimizer).__module__.startswith("torch.optim"):
                 return  # others may keep their states in FP32
+        name = "Adam" if "betas" in groups[0] else type(optimizer).__name__
         eps = min(group["eps"] for group in groups)
-        beta = max(group["betas"][1] for group in groups)
+        beta = max(_decay(group) or 0.0 for group in groups)
         # exp_avg_sq is (1 - beta) * grad**2 after a step. Where that is 0, the update
         # is lr * grad / eps, so it hurts if grad is much larger than eps.
         least = _least(self.fmt)
@@ -210,11 +213,13 @@ class _Judge:
         if below:
             share = below / sum(sum(r.histogram) for r in rows)
             text = (
-                f"Adam divides by eps={eps:g}, in {self.mode.compute} "
+                f"{name} divides by eps={eps:g}, in {self.mode.compute} "
                 f"{round_(torch.tensor(eps).double(), self.fmt).item():g}, where the "
                 f"squared gradient is 0: {percent(share)}"
             )
-            self.find("unsafe", "adam", text, None, share)
+            largest = max(float(g["lr"]) for g in groups) * 2.0**enough / eps
+            harms = eps <= self.fmt.zero or largest > 1  # else it is a longer step
+            self.find("unsafe" if harms else "caution", "adam", text, None, share)
 
     def fp8(self) -> None:
         """Look at what the linear layers multiply."""
@@ -232,7 +237,7 @@ class _Judge:
                 unfit[row.module] = f"{text}, FP8 needs multiples of {block}"
         for row in linear:
             if row.module not in unfit and row.kind in formats and row.tensor != "bias":
-                self.share(row, formats[row.kind], "underflow", "fp8", "underflows")
+                self.underflow(row, formats[row.kind], "fp8")
         for text in unfit.values():
             self.find("safe", "shape", text)
 
@@ -251,19 +256,29 @@ class _Judge:
         return Verdict(self.name, level, text, self.findings, scale)
 
 
+def _decay(group: dict[str, Any]) -> float | None:
+    """Return by what an optimizer decays squared gradients whose root divides."""
+    if "eps" not in group:
+        return None
+    if "betas" in group:
+        return float(group["betas"][1])
+    # RMSprop's alpha; Adagrad adds up. Adadelta has eps under the root, so no harm.
+    return group.get("alpha", 0.0 if "initial_accumulator_value" in group else None)
+
+
 def _at(row: Row) -> str:
     which = f" ({row.tensor})" if row.tensor not in {"", "weight"} else ""
     return f"`{row.module or 'model'}` {row.kind}{which}"
 
 
 def _signal(row: Row) -> list[int]:
-    """Return the histogram of a gradient, without what is FP32's own rounding.
+    """Return the histogram of a gradient's features, without FP32's own rounding.
 
     A weight's gradient is a sum. What is 2^-24 of its largest numbers can be the error
     of a zero, as the gradient of a key's bias in attention is one.
     """
     if row.kind != "grad_weight" or not row.amax:
-        return row.histogram
+        return row.features
     noise = max(math.floor(math.log2(row.amax)) - 24 - LOW, 0)
     return [0] * noise + row.histogram[noise:]
 
@@ -272,10 +287,10 @@ def _least(fmt: Format) -> int:
     return fmt.min_exponent - fmt.mantissa_bits  # exponent of the smallest number
 
 
-def _below(row: Row, fmt: Format) -> float:
-    """Return the share of a gradient that is below the smallest number."""
+def _below(row: Row, fmt: Format, scale: int = 0) -> float:
+    """Return the share of a gradient, scaled by 2^scale, below the smallest number."""
     counts = _signal(row)
-    return sum(counts[: _least(fmt) - LOW]) / max(sum(counts), 1)
+    return sum(counts[: max(_least(fmt) - scale - LOW, 0)]) / max(sum(counts), 1)
 
 
 def _needed(row: Row, fmt: Format) -> int:

@@ -34,9 +34,11 @@ class Row:
         is_index: The model turns them into integers, so each of them counts.
         low: Autocast would have it in 16 bits.
         formats: By format the shares, of what is not zero, "underflow" and "overflow",
-            of an update "lost", of whole numbers "integers_lost"; and "sqnr_db", None
-            without an error.
+            "features_lost" where the largest number of a channel, neuron or place of
+            the last dimension is zero too, of an update "lost", of whole numbers
+            "integers_lost"; and "sqnr_db", None without an error.
         histogram: How many sampled numbers have the exponent -160, -159, ... 130.
+        features: The same of the largest number of each one's feature.
         layer: Class of the module.
     """
 
@@ -53,6 +55,7 @@ class Row:
     low: bool = False
     formats: dict[str, dict[str, float | None]] = field(default_factory=dict)
     histogram: list[int] = field(default_factory=list, repr=False)
+    features: list[int] = field(default_factory=list, repr=False)
     layer: str = field(default="", repr=False)
 
     @property

@@ -15,6 +15,7 @@ from .formats import FORMATS, Format, exponents, round_, scales
 from .report import HIGH, KINDS, LOW, Row
 
 BLOCK, BLOCKS = 32, 128  # numbers in a row, and rows, in a sample
+_CHANNELS = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")
 CALLS = 4  # of a module that are sampled; of all others the amax is taken
 
 
@@ -37,6 +38,7 @@ class Samples:
         self.limits: list[Tensor] = []  # min and max of each tensor
         self.rows: dict[tuple[str, str, str], tuple[Row, Value, list[int]]] = {}
         self.picked: dict[int, Tensor] = {}  # a sample, by its limits
+        self.peaks: dict[int, Tensor] = {}  # and the largest of each number's feature
         self.weights: list[tuple[Row, Tensor, Tensor]] = []  # with their updates
         self.places: dict[tuple[int, torch.device], Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -59,6 +61,25 @@ class Samples:
         rows = x.reshape(-1)[: size // BLOCK * BLOCK].view(-1, BLOCK)
         return rows.index_select(0, self.places[size, x.device])
 
+    def peak(self, x: Tensor, row: Row, sample: Tensor) -> Tensor:
+        """Return, for each number of a sample, the largest of its feature.
+
+        A feature is a channel of a convolution, a neuron of a weight, else a place of
+        the last dimension; of a weight's gradient each number is one.
+        """
+        if row.kind == "grad_weight" or x.dim() < 2 or x.is_complex():
+            return sample.abs()
+        is_channel = x.dim() == 4 or row.layer.startswith(_CHANNELS)
+        dim = 0 if row.kind == "weight" else 1 if is_channel else x.dim() - 1
+        others = [d for d in range(x.dim()) if d != dim]
+        x = _real(x)
+        largest = torch.maximum(x.amax(others), -x.amin(others))
+        lines = torch.arange(len(sample), device=x.device)
+        if x.numel() > BLOCK * BLOCKS:
+            lines = self.places[x.numel(), x.device]
+        numbers = lines[:, None] * BLOCK + torch.arange(BLOCK, device=x.device)
+        return largest[numbers // math.prod(x.shape[dim + 1 :]) % x.shape[dim]]
+
     def take(self, row: Row, x: Tensor, value: Value, limits: int) -> None:
         """Count a tensor for the row of its module, kind and name."""
         key = row.module, row.kind, row.tensor
@@ -67,11 +88,12 @@ class Samples:
         taken.append(limits)
         if row.calls <= CALLS and limits not in self.picked:
             self.picked[limits] = self.pick(x)
+            self.peaks[limits] = self.peak(x, row, self.picked[limits])
 
     def update(self, row: Row, update: Tensor, weight: Tensor) -> None:
         """Count a sampled update of a sampled weight."""
         limits = self.limit(update)
-        self.picked[limits] = update
+        self.picked[limits], self.peaks[limits] = update, update.abs()
         row.calls = 1
         self.rows[row.module, row.kind, row.tensor] = row, Value(), [limits]
         self.weights.append((row, weight, update))
@@ -81,8 +103,9 @@ class Samples:
         limits: list[list[float]] = gather(self.limits).tolist()
         places = {limit: i for i, limit in enumerate(self.picked)}
         sample = gather(list(self.picked.values()))
+        peaks = gather(list(self.peaks.values()))
         sizes = torch.tensor([len(x) for x in self.picked.values()])
-        stats = _Statistics(sample, sizes, [limits[limit] for limit in places])
+        stats = _Statistics(sample, peaks, sizes, [limits[limit] for limit in places])
         rounded = {name: stats.round(FORMATS[name]) for name in formats}
         for row, value, taken in self.rows.values():
             mine = [places[limit] for limit in taken if limit in places]
@@ -96,6 +119,7 @@ class Samples:
             row.is_index = value.index
             row.is_integer = all(stats.is_integer[i] for i in mine)
             row.histogram = stats.histogram[mine].sum(0).tolist()
+            row.features = stats.features[mine].sum(0).tolist()
             least = min((stats.least[i] for i in mine if stats.least[i]), default=1.0)
             row.range_log2 = math.log2(row.amax / least) if row.amax else 0.0
             for name, sums in rounded.items():
@@ -129,7 +153,9 @@ class Samples:
 class _Statistics:
     """Samples of tensors, 32 numbers a line, and what is true of them in any format."""
 
-    def __init__(self, x: Tensor, sizes: Tensor, limits: list[list[float]]) -> None:
+    def __init__(
+        self, x: Tensor, peaks: Tensor, sizes: Tensor, limits: list[list[float]]
+    ) -> None:
         self.x, self.count = x.nan_to_num(0.0, 0.0, 0.0), len(limits)
         self.owner = torch.arange(self.count).repeat_interleave(sizes)
         magnitude, self.nonzero = self.x.abs(), self.x != 0
@@ -152,10 +178,15 @@ class _Statistics:
         self.is_integer = [
             bool(w) and 1 < a < 2**23 for w, a in zip(whole, self.amax, strict=True)
         ]
+        self.peaks = peaks.nan_to_num(0.0, 0.0, 0.0)
+        self.histogram = self._count(self.x)
+        self.features = self._count(self.peaks)
+
+    def _count(self, x: Tensor) -> Tensor:
         bins = HIGH - LOW + 1
-        place = exponents(self.x).clamp(LOW, HIGH) - LOW + bins * self.owner[:, None]
+        place = exponents(x).clamp(LOW, HIGH) - LOW + bins * self.owner[:, None]
         counted = torch.bincount(place[self.nonzero], minlength=bins * self.count)
-        self.histogram = counted.view(self.count, bins)
+        return counted.view(self.count, bins)
 
     def _reduce(self, lines: Tensor, how: str) -> list[float]:
         start = lines.new_full((self.count,), 0.0 if how == "amax" else math.inf)
@@ -166,15 +197,16 @@ class _Statistics:
         """Round all samples to one format; return its sums for each tensor."""
         if fmt.block is None:
             y = round_(self.x, fmt)
-            over = y.abs() > fmt.max
+            over, kept = y.abs() > fmt.max, round_(self.peaks, fmt)
             y = y.clamp(-fmt.max, fmt.max)
         else:
             scale = scales(fmt, self.line_amax if fmt.block else self.peak)[:, None]
             y = round_(self.x * scale, fmt).clamp(-fmt.max, fmt.max) / scale
-            over = torch.zeros_like(self.nonzero)
+            over, kept = torch.zeros_like(self.nonzero), round_(self.peaks * scale, fmt)
         noise = ((y - self.x) / self.unit).square()
         zeroed, changed = (y == 0) & self.nonzero, y != self.x
-        columns = self.signal, noise, self.nonzero, zeroed, over, changed
+        gone = (kept == 0) & self.nonzero
+        columns = self.signal, noise, self.nonzero, zeroed, gone, over, changed
         return self.sum(*columns)
 
     def sum(self, *columns: Tensor) -> list[list[float]]:
@@ -190,12 +222,14 @@ class _Statistics:
 
 def _stats(fmt: Format, row: Row, found: list[list[float]]) -> dict[str, float | None]:
     """Return the shares of a row from the sums of its tensors."""
-    signal, noise, nonzero, zeroed, over, changed = map(sum, zip(*found, strict=True))
+    sums = map(sum, zip(*found, strict=True))
+    signal, noise, nonzero, zeroed, gone, over, changed = sums
     share, size = over / max(nonzero, 1), max(math.prod(row.shape), 1)
     if fmt.block is None and row.amax >= fmt.overflow:
         share = max(share, 1 / size)  # it need not be in the sample
     stats: dict[str, float | None] = {
         "underflow": zeroed / max(nonzero, 1),
+        "features_lost": gone / max(nonzero, 1),
         "overflow": share,
         "sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None,
     }
