@@ -101,10 +101,11 @@ class FirstBadModule:
     What runs inside ``with`` is watched: each operation of forward, backward and step.
     A value *did harm* if it, or what was made of it, reached the loss or a gradient;
     or, after the last backward, the model's output or a tensor that is alive at the end
-    and that no operation has read. What an operation made finite again is forgotten,
-    such as ``log(0)`` under a ``where``. An infinity on purpose (``masked_fill``,
-    ``full``, a mask of -Inf from before the block) is a fault only in the loss or a
-    gradient; where NaN is made of it, the operation that made it so is named.
+    and that no operation has read; or if a batch norm keeps it in its statistics.
+    What an operation made finite again is forgotten, such as ``log(0)`` under a
+    ``where``. An infinity on purpose (``masked_fill``, ``full``, a mask of -Inf from
+    before the block) is a fault only in the loss or a gradient; where NaN is made of
+    it, the operation that made it so is named.
 
     Numbers, random state, gradients and model are as without the block. Every result is
     checked: it is for a step that fails, not for a whole run.
@@ -275,6 +276,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.last_backward = -1
         self.harmed: list[_Origin] = []  # the loss and gradients
         self.outputs: list[tuple[int, _Origin]] = []  # of the model
+        self.kept: list[_Origin] = []  # running statistics
         for name, module in () if model is None else model.named_modules():
             self.names[id(module)] = name, type(module).__name__
         for name, b in () if model is None else model.named_buffers():
@@ -292,6 +294,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ranges = [_range(t) for t in inputs] if bad or changed else []
         result = func(*args, **kwargs)
         made, name = changed or list(_tensors(result)), call.name.partition(".")[2]
+        if "batch_norm" in name and "backward" not in name:
+            self.look_at_statistics(args, call)
         if "empty" in name or "resize" in name:  # not written yet
             for tensor in made:
                 self.see(tensor, is_external=False)
@@ -372,6 +376,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_mask = not found.nan and not found.posinf and kind != "parameter"
             storage.origin = _Origin(next(self.orders), report, is_mask)
         return storage.origin
+
+    def look_at_statistics(self, args: tuple[Any, ...], call: _Call) -> None:
+        """Look at what a batch norm keeps; its output hides it: x / sqrt(Inf) is 0."""
+        for tensor in _tensors(args[3:5]):
+            storage = self.see(tensor, is_external=True)
+            if storage.origin is None and not _is_finite(tensor):
+                ranges = tuple(_range(t) for t in _tensors(args[:3]))
+                report = self.report(call, tensor, ranges, _range(tensor))
+                words = f"{report.message}, in its running statistics"
+                words += f"; called at {report.line}"
+                report = replace(report, message=words)
+                storage.origin = _Origin(next(self.orders), report)
+            if storage.origin is not None:
+                self.kept.append(storage.origin)
 
     def report(
         self,
@@ -459,7 +477,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.storages.clear()  # and hear no more of them
         late = [origin for origin in late if not origin.is_written]
         faults = [origin for origin in self.harmed if not origin.is_written]
-        chosen = faults or self.harmed or late
+        chosen = faults or self.harmed or late or self.kept
         return min(chosen, key=lambda o: o.order).found if chosen else None
 
 
@@ -497,7 +515,7 @@ def _redo(func: Any, args: Any, kwargs: Any) -> float | None:  # noqa: ANN401
 
     def widen(x: Any) -> Any:  # noqa: ANN401
         if isinstance(x, Tensor) and x.is_floating_point():
-            return x.to(wide)
+            return x.to(wide, copy=True)  # batch norm writes to what it is given
         return wide if isinstance(x, torch.dtype) and x.is_floating_point else x
 
     try:
@@ -509,7 +527,9 @@ def _redo(func: Any, args: Any, kwargs: Any) -> float | None:  # noqa: ANN401
 
 def _tensors(things: object) -> Iterator[Tensor]:
     """Yield the tensors with floating-point values that can be read."""
-    if isinstance(things, Tensor) and things.layout is not torch.strided:
+    if isinstance(things, Tensor) and things.is_nested:  # TransformerEncoder's in eval
+        things = things.values()
+    elif isinstance(things, Tensor) and things.layout is not torch.strided:
         things = things.to_dense()
     if isinstance(things, Tensor):
         is_float = things.is_floating_point() or things.is_complex()

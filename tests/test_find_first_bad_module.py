@@ -304,6 +304,69 @@ def test_a_bad_row_that_is_not_used_is_no_fault() -> None:
     assert found(result).operation == "weight"
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("value", [INF, math.nan])
+def test_running_statistics_that_were_bad_are_named(
+    training: bool, value: float
+) -> None:
+    """In training they are not read, in eval x / sqrt(Inf) is 0: nobody sees them."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+    model[1].get_buffer("running_var")[3] = value
+    with FirstBadModule(model.train(training)) as block:
+        torch.autograd.backward(model(batch()).sum())
+    result = found(block.result)
+
+    assert (result.module, result.phase) == ("1", "parameter")
+    assert "buffer 1.running_var holds NaN or Inf" in result.message
+
+
+def test_running_statistics_that_overflow_are_named() -> None:
+    """The output and the gradients are finite, and eval mode is ruined for good."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(WIDTH))
+    big = batch() * 1e25
+    result = found(find_first_bad_module(model, big, loss_fn=torch.sum))
+
+    assert model(big).isfinite().all()
+    assert (result.module, result.operation) == ("1", "aten.native_batch_norm")
+    assert (result.phase, result.output.posinf) == ("forward", WIDTH)
+    assert result.inputs[0].high == big.max()
+    assert "running statistics" in result.message
+    assert (
+        find_first_bad_module(nn.BatchNorm1d(WIDTH), batch(), loss_fn=torch.sum) is None
+    )
+
+
+def test_computing_again_in_a_wider_dtype_writes_to_nothing() -> None:
+    """A batch norm that makes NaN moves its running statistics once."""
+    kept = []
+    for watched in (False, True):
+        model = nn.BatchNorm1d(2, dtype=torch.float64)
+        x = torch.arange(8).double().view(4, 2)
+        x[:, 0] = 1.7e308  # whose sum is infinite
+        with FirstBadModule(model) if watched else nullcontext():
+            assert model(x).isnan().any()
+        kept.append(model.get_buffer("running_mean")[1])
+
+    assert kept[0] == kept[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_nested_tensors_of_an_encoder_are_read(whole: bool) -> None:
+    """In eval a padded batch takes the fast path, whose tensors are nested."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, pad = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    pad[0, 3:] = True
+    if not whole:
+        x[1, 1, 1] = INF
+    with torch.no_grad():
+        result = find_first_bad_module(encoder, x, src_key_padding_mask=pad)
+
+    assert (result is None) == whole
+    assert whole or found(result).phase == "input"
+
+
 def test_the_optimizers_step_is_watched() -> None:
     """Adam divides by an eps that is zero in float16; fused, it computes in float32."""
     outcomes = []
