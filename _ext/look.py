@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _TITLE = "Half the Bits"
 
 _OPTIONS: dict[str, Any] = {
+    "max_navbar_depth": 1,  # the index of the failures lists them, not every page
     "logo": {
         "text": _TITLE,
         "image_light": "_static/logo-light.svg",
