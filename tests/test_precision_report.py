@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adadelta, Adagrad, AdamW, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adadelta, Adagrad, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 from snippets import fp8 as te
@@ -396,6 +397,19 @@ def test_gradients_below_fp16_need_the_loss_scale_that_the_report_names(
     else:
         assert fails(case, "16-mixed")
         assert works(case, "bf16-mixed")
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_adam_in_fp16_divides_zero_by_zero_for_a_dead_input(dead: bool) -> None:
+    """All gradients are large, but for an input that is always 0: 0 / (0 + 0)."""
+    model, x = nn.Linear(32, 4), X + 3
+    nn.init.zeros_(model.weight)
+    x[:, 0] *= not dead
+    case = Case(model, (x, Y[:, :4] + 3))
+    verdict = case.report().verdicts["16-true"]
+
+    assert verdict.is_safe != dead, verdict
+    assert (fails if dead else works)(case, "16-true")
 
 
 def test_adam_in_fp16_becomes_nan_as_foretold() -> None:
@@ -1010,6 +1024,7 @@ def test_batches_and_losses_of_every_form() -> None:
     wanted = F.mse_loss(model.linear(x), y).item()
     losses = [
         precision_report(model, {"x": x, "labels": y}),
+        precision_report(model, UserDict(x=x, labels=y)),  # transformers' batches
         precision_report(model, (x, y)),
         precision_report(
             model, (x, y), lambda out, target: F.mse_loss(out.logits, target)
@@ -1022,7 +1037,7 @@ def test_batches_and_losses_of_every_form() -> None:
         precision_report(model.linear, (x, y), nn.MSELoss()),
     ]
 
-    assert [r.loss for r in losses] == pytest.approx([wanted] * 7)
+    assert [r.loss for r in losses] == pytest.approx([wanted] * 8)
     assert precision_report(linear, x, torch.sum).loss == pytest.approx(
         linear(x).sum().item()
     )
@@ -1146,6 +1161,20 @@ def bad_input() -> dict[str, tuple[Any, Any, Any, dict[str, Any], str]]:
         "meta": (meta, good, mse, {}, "weight has no numbers yet"),
         "format": (model, good, mse, fp8, "did you mean 'float8_e4m3fn'"),
         "no format": (model, good, mse, {"formats": []}, "at least one"),
+        "other": (
+            model,
+            good,
+            mse,
+            {"optimizer": SGD(mlp().parameters())},
+            "no parameter",
+        ),
+        "closure": (
+            model,
+            good,
+            mse,
+            {"optimizer": LBFGS(model.parameters())},
+            "LBFGS cannot step on its own",
+        ),
         "lr": (model, good, mse, {"lr": math.nan}, "positive and finite, got nan"),
         "zero": (model, good, mse, {"lr": 0.0}, "lr must be positive"),
     }
@@ -1159,10 +1188,15 @@ def test_bad_input_is_one_clear_error(what: str) -> None:
         precision_report(model, batch, loss, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_is_no_model_or_optimizer_is_refused() -> None:
     """TypeError."""
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         precision_report(lambda x: x, (X, Y), F.mse_loss)  # type: ignore[arg-type]
+    traced: nn.Module = torch.jit.trace(mlp(), X)  # type: ignore[no-untyped-call]
+    for scripted in (traced, nn.Sequential(torch.jit.script(mlp()))):
+        with pytest.raises(TypeError, match="model is scripted or traced"):
+            precision_report(scripted, (X, Y), F.mse_loss)
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got float"):
         precision_report(mlp(), (X, Y), F.mse_loss, optimizer=0.1)  # type: ignore[arg-type]
 

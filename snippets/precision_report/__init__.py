@@ -77,10 +77,11 @@ def precision_report(
         progress: Called with a few words as the work goes on.
 
     Raises:
-        TypeError: ``model`` is no module, or ``optimizer`` none.
+        TypeError: ``model`` is no module, or is scripted, or ``optimizer`` is none.
         ValueError: No such format; parameters that are none, lazy, all frozen, without
             memory or in half precision; a batch that does not fit the model; a loss
-            that is no scalar or has no gradients; ``lr`` is not positive and finite.
+            that is no scalar or has no gradients; ``lr`` is not positive and finite;
+            an optimizer of another model, or whose step needs a closure.
 
     Example:
         >>> model, x = nn.Linear(16, 16), torch.ones(4, 16)
@@ -93,11 +94,17 @@ def precision_report(
     chosen = tuple(dict.fromkeys([formats] if isinstance(formats, str) else formats))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("model is scripted or traced: give it the model it is made of")
     if not isinstance(optimizer, Optimizer | None):
         got = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {got}")
     if problem := _problem(model, chosen, lr):
         raise ValueError(problem)
+    groups = optimizer.param_groups if optimizer else []
+    stepped = {id(p) for group in groups for p in group["params"]}
+    if optimizer and stepped.isdisjoint(map(id, model.parameters())):
+        raise ValueError("optimizer has no parameter of the model")
     watch = Watch(model, progress or (lambda _: None))
     with ExitStack() as stack:
         prepare = stack.enter_context(unchanged(model, batch, loss_fn))

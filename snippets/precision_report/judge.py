@@ -19,6 +19,7 @@ from .report import (
     Verdict,
     percent,
 )
+from .samples import BLOCK, BLOCKS
 
 # Rounding touches a tail of every distribution; what is lost beyond MANY is no tail.
 SOME, MANY = 0.05, 0.25
@@ -210,15 +211,20 @@ class _Judge:
         below = sum(
             sum(r.histogram[least - LOW : max(enough, least) - LOW]) for r in rows
         )
+        total = sum(sum(r.histogram) for r in rows)
+        vanishes = eps <= self.fmt.zero
+        if vanishes:  # 0 / 0 where the gradient itself is 0
+            sampled = sum(min(math.prod(r.shape), BLOCK * BLOCKS) for r in rows)
+            below, total = below + max(sampled - total, 0), max(sampled, total)
         if below:
-            share = below / sum(sum(r.histogram) for r in rows)
+            share = below / total
             text = (
                 f"{name} divides by eps={eps:g}, in {self.mode.compute} "
                 f"{round_(torch.tensor(eps).double(), self.fmt).item():g}, where the "
                 f"squared gradient is 0: {percent(share)}"
             )
             largest = max(float(g["lr"]) for g in groups) * 2.0**enough / eps
-            harms = eps <= self.fmt.zero or largest > 1  # else it is a longer step
+            harms = vanishes or largest > 1  # else it is a longer step
             self.find("unsafe" if harms else "caution", "adam", text, None, share)
 
     def fp8(self) -> None:

@@ -5,7 +5,7 @@ of its numbers, is all that the step waits for.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 
 import torch
@@ -256,7 +256,7 @@ def tensors_in(
         has_fraction = things.is_floating_point() or things.is_complex()
         if every or (has_fraction and things.numel()):
             yield place, things
-    elif isinstance(things, dict):
+    elif isinstance(things, Mapping):
         inner = things.items()
     elif isinstance(things, (list, tuple)):
         inner = [("", things[0])] if len(things) == 1 else enumerate(things)

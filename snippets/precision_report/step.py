@@ -4,7 +4,7 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> An
     if loss_fn is not None and names[:1] == ["model"]:
         return loss_fn(model, batch)
     has_target = isinstance(batch, (tuple, list)) and len(batch) > 1
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         output, target = model(**batch), batch
     elif isinstance(batch, (tuple, list)):
         inputs = batch[:-1] if has_target and loss_fn is not None else batch
@@ -29,7 +29,7 @@ def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> An
     else:
         output, target = model(batch), batch
     if loss_fn is None:
-        found = output.get("loss") if isinstance(output, dict) else output
+        found = output.get("loss") if isinstance(output, Mapping) else output
         return getattr(found, "loss", found)
     if len(names) == 1 or not (names or has_target):
         return loss_fn(output)
@@ -50,12 +50,21 @@ def _names(loss_fn: Any) -> list[str]:  # noqa: ANN401
 
 
 def next_step(optimizer: Optimizer, parameters: list[Tensor]) -> dict[int, Tensor]:
-    """Take an optimizer's next step on a copy; return what it adds, by parameter id."""
+    """Take an optimizer's next step on a copy; return what it adds, by parameter id.
+
+    Raises:
+        ValueError: Its step needs a closure.
+    """
     twins = {id(p): p.detach().clone().requires_grad_() for p in parameters}
     for parameter in parameters:
         twins[id(parameter)].grad = parameter.grad
     twin = copy.deepcopy(optimizer, dict(twins))
-    twin.step()  # the class's: copies have neither a scheduler's wrapper nor hooks
+    step: Any = twin.step  # the class's: copies have no scheduler's wrapper, no hooks
+    try:
+        step()
+    except TypeError as error:
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} cannot step on its own: {error}") from error
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {
         id(p): twins[id(p)].detach() - p.detach()
