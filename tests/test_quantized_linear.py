@@ -943,9 +943,9 @@ def test_the_recorded_times_keep_to_the_bound() -> None:
     for row in record["jobs"]:
         if row["threads"] == 1 or record["load"] < 0.5:
             assert row["ratio"] <= record["allowed"] == ALLOWED_RATIO
-    ways = [job for by in jobs(64).values() for job in by.values()]
+    ways = [job for by in jobs(256).values() for job in by.values()]
     assert all(job() is not None for job in ways)
-    assert len(measure(threads=1, side=64, rounds=1)) == len(record["jobs"]) / 2
+    assert len(measure(threads=1, side=256, rounds=1)) == len(record["jobs"]) / 2
 
 
 @needs_avx512_bf16
