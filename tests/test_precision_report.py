@@ -1220,6 +1220,13 @@ def loud():
 def odd():
     return 3
 
+def backward():
+    def loss(model, batch):
+        value = model(batch).sum()
+        value.register_hook(lambda grad: {}["x"])
+        return value
+    return nn.Linear(4, 4), torch.ones(3, 4), loss
+
 def fails():
     return {}["x"]
 """
@@ -1275,6 +1282,7 @@ def test_the_command_prints_and_exits(
         ("my_script:build_", "did you mean 'build'"),
         ("my_script:odd", "must return .model, batch, loss_fn., got int"),
         ("my_script:fails", "my_script:fails raises KeyError: 'x'"),
+        ("my_script:backward", "error: the step raises KeyError"),
         ("my_script:build --lr -1", "lr must be positive"),
         ("my_script:build --plot no/such/a.png", "cannot write no/such/a.png"),
     ],

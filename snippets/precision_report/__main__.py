@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.clear()
         sys.stderr.write(f"precision_report: error: {error}\n")
         return 2
+    except Exception as error:  # such as one in backward; 1 would say unsafe
+        progress.clear()
+        sys.stderr.write(f"precision_report: error: {_raised('the step', error)}\n")
+        return 2
     unsafe = [m for m in options.require if not report.verdicts[m].is_safe]
     for mode in unsafe:
         sys.stderr.write(f"precision_report: required, but {report.verdicts[mode]}\n")
