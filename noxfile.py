@@ -73,6 +73,7 @@ def misspelled_names() -> list[str]:
     prose += ROOT.glob("source/**/*.rst")
     code = re.compile(
         r"^ *(?P<fence>```+).*?^ *(?P=fence)|(?P<tick>`+).+?(?P=tick)"
+        r"|^\.\. (?:testcode|testoutput|doctest|code-block)::[^\n]*(?:\n+ [^\n]*)*"
         r"|^\([\w-]+\)=|\]\([^)]*\)|https?://\S+",
         re.M | re.S,
     )
