@@ -9,7 +9,7 @@ A job works on 16 million numbers, on one thread and on two. In a round each way
 job runs once, in turn; times are medians over the rounds, and a ratio is the median of
 the ratios of each round, to the fastest of the others. torchao's NF4 always quantizes
 its absmax too. The record has the load average before the start: where it is not near
-zero, two threads had less than two cores, and their rows say little.
+zero, two threads had less than two cores.
 
 SPDX-License-Identifier: Apache-2.0
 """

@@ -179,6 +179,14 @@ def test_division_and_product_round_as_bitsandbytes_own(quant_type: str) -> None
     assert differ > 0
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_a_weight_without_elements_stays_one(double: bool) -> None:
+    """No codes, no absmax, and nothing to decode."""
+    codes, absmax = quantize_4bit(torch.zeros(0, 7), "nf4", double_quant=double)
+    assert codes.shape == (0, 1)
+    assert dequantize_4bit(codes, absmax, (0, 7)).shape == (0, 7)
+
+
 def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
     """Eight from the upper half, seven from the lower, zero, over the largest."""
     offset = 0.9677083  # the middle between 1 - 1 / 32 and 1 - 1 / 30
@@ -253,8 +261,9 @@ def test_a_weight_of_many_chunks_is_quantized_as_bitsandbytes_does(
     assert same(dequantize_int8(codes8, tops), decoded)
 
 
-def test_two_threads_find_the_same_bits() -> None:
-    """They decode by another operation."""
+@pytest.mark.parametrize("threads", [2, 3])
+def test_more_threads_find_the_same_bits(threads: int) -> None:
+    """Two work on smaller pieces, and more decode by another operation."""
     weight = hard(513, 1025)
 
     def everything() -> list[Tensor]:
@@ -264,7 +273,7 @@ def test_two_threads_find_the_same_bits() -> None:
         return [codes, codes8, absmax8, decoded, dequantize_int8(codes8, absmax8)]
 
     one = everything()
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     assert all(map(same, one, everything()))
 
 
@@ -936,13 +945,12 @@ def test_int8_training_learns_as_float_does() -> None:
 
 
 def test_the_recorded_times_keep_to_the_bound() -> None:
-    """At most 1.5 times the fastest other; with two threads if two cores were free."""
+    """At most 1.5 times the fastest other; what is timed is done again, in small."""
     record = json.loads(RECORD.read_text("utf-8"))
     assert record["values"] == 2**24
     assert {row["threads"] for row in record["jobs"]} == {1, 2}
     for row in record["jobs"]:
-        if row["threads"] == 1 or record["load"] < 0.5:
-            assert row["ratio"] <= record["allowed"] == ALLOWED_RATIO
+        assert row["ratio"] <= record["allowed"] == ALLOWED_RATIO
     ways = [job for by in jobs(256).values() for job in by.values()]
     assert all(job() is not None for job in ways)
     assert len(measure(threads=1, side=256, rounds=1)) == len(record["jobs"]) / 2
