@@ -749,8 +749,11 @@ def state(model: nn.Module, x: Tensor) -> list[Any]:
         getattr(model, "calls", 0), bits(x), bits(x.grad),
         torch.get_rng_state().tolist(), random.getstate(),
         np.random.get_state(legacy=False)["state"]["key"].tolist(),  # noqa: NPY002
-        len(torch.nn.modules.module._global_forward_hooks),
-        len(torch.nn.modules.module._global_forward_pre_hooks),
+        [
+            len(value)
+            for name, value in vars(torch.nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(value, dict)
+        ],
         torch.is_grad_enabled(), torch.get_default_dtype(),
     ]  # fmt: skip
 

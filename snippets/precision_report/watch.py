@@ -112,6 +112,9 @@ class Watch:
         self.handles.callback(enter.remove)
         leave = hooks.register_module_forward_hook(self.leave, with_kwargs=True)
         self.handles.callback(leave.remove)
+        # PyTorch 2.13 leaves the mark of such a hook behind, and torch.compile warns.
+        marks = hooks._global_forward_hooks_with_kwargs
+        self.handles.callback(marks.pop, leave.id, None)
         try:
             with _Operations(self):
                 loss = call(self.model, batch, loss_fn)
