@@ -7,8 +7,7 @@
 
 asks `recommend_precision` for every device, framework and task and writes the answers
 into the page as JSON, each once; ``_static/choose.js`` looks them up, and multiplies
-the bytes of a parameter by the parameters. The four words are what it opens with. The
-script and its style are loaded by pages with this directive only.
+the bytes of a parameter by the parameters. The four words are what it opens with.
 ``tests/test_choose.py`` checks that it shows what Python answers.
 """
 
@@ -22,6 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
+from widgets import connect, place
 
 from snippets import recommend_precision as rules
 from snippets.recommend_precision import (
@@ -37,7 +37,7 @@ from snippets.recommend_precision import (
 
 __all__ = ["PrecisionChooser", "answers", "setup"]
 
-_CLASS = "hb-choose"
+_NAME, _EMPTY = "choose", "hb-choose-empty"
 _WORDS = ("hardware", "framework", "parameters", "task")
 
 
@@ -112,19 +112,17 @@ class PrecisionChooser(SphinxDirective):
             msg = f"precision-chooser: {error}"
             raise self.error(msg) from error
         # The titles of pages that are read later are not known yet.
-        place = nodes.raw("", "", format="html", classes=[_CLASS])
-        place["usual"] = usual
-        return [place]
+        return [nodes.raw("", "", format="html", classes=[_EMPTY], usual=usual)]
 
 
 def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Write the answers into the page, with links to the pages that explain them."""
     if app.builder.format != "html":
         return
-    for place in doctree.findall(nodes.raw):
-        if _CLASS not in place["classes"]:
+    for empty in list(doctree.findall(nodes.raw)):
+        if _EMPTY not in empty["classes"]:
             continue
-        data = {"usual": place["usual"], **answers()}
+        data = {"usual": empty["usual"], **answers()}
         pages = {page for _, page in (*data["notes"], data["shard"])}
         data["pages"] = {}
         for page in sorted(pages):
@@ -137,36 +135,16 @@ def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
                 continue
             uri = app.builder.get_relative_uri(docname, page)
             data["pages"][page] = [uri, app.env.titles[page].astext()]
-        # A script ends at the first "</", wherever it stands.
-        script = json.dumps(data, separators=(",", ":")).replace("</", r"<\/")
-        html = (
-            f'<div class="{_CLASS}">'
-            f'<script type="application/json">{script}</script>'
-            f'<noscript><p class="{_CLASS}__hint">To choose here, switch JavaScript on:'
-            " the chooser is a script of this site. The table and the function below"
-            " give the same answers without it.</p></noscript></div>"
+        hint = (
+            "To choose here, switch JavaScript on: the chooser is a script of this"
+            " site. The table and the function below give the same answers without it."
         )
-        place.replace_self(nodes.raw("", html, format="html", classes=[_CLASS]))
-
-
-def _load(
-    app: Sphinx,
-    _pagename: str,
-    _templatename: str,
-    _context: dict[str, Any],
-    doctree: nodes.document | None,
-) -> None:
-    """Load script and style with the pages that have a chooser, and no other."""
-    if doctree is not None and any(
-        _CLASS in node["classes"] for node in doctree.findall(nodes.raw)
-    ):
-        app.add_js_file("choose.js", loading_method="defer")
-        app.add_css_file("choose.css", priority=901)
+        empty.replace_self(place(_NAME, data, hint))
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Add the directive."""
     app.add_directive("precision-chooser", PrecisionChooser)
     app.connect("doctree-resolved", _fill)
-    app.connect("html-page-context", _load)
+    connect(app, _NAME)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

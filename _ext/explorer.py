@@ -11,23 +11,22 @@
 writes a table of the number in every format of ``snippets/number_formats.py``, widest
 first, and the formats themselves as JSON. ``_static/explorer.js`` puts the controls in
 front of it, with the lines of the body as examples, and from then on writes the cells.
-The script and its style are loaded by pages with this directive only.
 ``tests/test_explorer.py`` checks that both write the same.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from html import escape
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata, OptionSpec
+from widgets import connect, place
 
 from snippets import number_formats
 from snippets.number_formats import FORMATS, FloatFormat, decode, encode
@@ -131,16 +130,11 @@ class NumberExplorer(SphinxDirective):
             "formats": [asdict(fmt) for fmt in widest_first()],
             "examples": examples,
         }
-        # A script ends at the first "</", wherever it stands.
-        script = json.dumps(data).replace("</", r"<\/")
-        html = (
-            f'<div class="{_CLASS}">'
-            f'<script type="application/json">{script}</script>'
-            f'<noscript><p class="{_CLASS}__hint">To type a number of your own, switch'
-            " JavaScript on: the explorer is a script of this site.</p></noscript>"
-            f"{table}</div>"
+        hint = (
+            "To type a number of your own, switch JavaScript on: the explorer is a"
+            " script of this site."
         )
-        return [nodes.raw("", html, format="html", classes=[_CLASS])]
+        return [place("explorer", data, hint, table)]
 
 
 def _example(line: str) -> dict[str, str]:
@@ -200,23 +194,8 @@ def _code(fields: tuple[str, ...]) -> str:
     return f'<span class="{_CLASS}__code">{spans}</span>'
 
 
-def _load(
-    app: Sphinx,
-    _pagename: str,
-    _templatename: str,
-    _context: dict[str, Any],
-    doctree: nodes.document | None,
-) -> None:
-    """Load script and style with the pages that have an explorer, and no other."""
-    if doctree is not None and any(
-        _CLASS in node["classes"] for node in doctree.findall(nodes.raw)
-    ):
-        app.add_js_file("explorer.js", loading_method="defer")
-        app.add_css_file("explorer.css", priority=901)
-
-
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Add the directive."""
     app.add_directive("number-explorer", NumberExplorer)
-    app.connect("html-page-context", _load)
+    connect(app, "explorer")
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

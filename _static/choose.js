@@ -1,6 +1,6 @@
 /* The precision chooser: a device, a framework, a task and a size, and what to set.
  *
- * One file, no build step, no request: it works from a disk. Reading order:
+ * No build step, no request: it works from a disk, beside widget.js. Reading order:
  *
  *   1 answers   2 the address   3 the page
  *
@@ -12,6 +12,8 @@
 "use strict";
 
 (() => {
+  const { make, write, aboutAddress, Widget } = globalThis.halfTheBitsWidget;
+
   // ------------------------------------------------------------------- 1 answers
 
   /** Bytes in the largest unit below them, with one decimal, ties up; as in Python. */
@@ -77,8 +79,8 @@
     return `#${KEYS.map((key) => `${key}=${encodeURIComponent(state[key])}`).join("&")}`;
   }
 
-  /** The state that a fragment asks for, and what is wrong with it. */
-  function fromAddress(text, data) {
+  /** The state that a fragment or a query asks for, and what is wrong with it. */
+  function fromAddress(address, data) {
     const state = { ...data.usual };
     const wrong = [];
     const allowed = {
@@ -86,19 +88,18 @@
       framework: data.frameworks,
       task: Object.keys(data.tasks),
     };
-    for (const [key, value] of new URLSearchParams(text.replace(/\+/g, "%2B"))) {
+    for (const [key, value] of new URLSearchParams(address.slice(1).replace(/\+/g, "%2B"))) {
       if (allowed[key] && !allowed[key].includes(value)) {
         wrong.push(`${key} “${value}” (there are ${allowed[key].join(", ")})`);
       } else if (key === "parameters" && readParameters(value) === null) {
         wrong.push(`parameters “${value}” (a number from 1 to 1e15)`);
       } else if (KEYS.includes(key)) {
         state[key] = value;
-      } else {
+      } else if (address.startsWith("#")) {
         wrong.push(`“${key}” (there are ${KEYS.join(", ")})`);
       }
     }
-    const message = `This link asks for something else than there is: ${wrong.join("; ")}. The usual stands in its place.`;
-    return { state, message: wrong.length ? message : "" };
+    return { state, message: aboutAddress(wrong) };
   }
 
   globalThis.halfTheBitsChooser = {
@@ -107,38 +108,25 @@
 
   // ------------------------------------------------------------------- 3 the page
 
-  /** An element: `class`, `text`, `on…` and attributes; children as they come. */
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key === "text") element.textContent = value;
-      else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-      else element.setAttribute(key, value);
-    }
-    element.append(...children);
-    return element;
-  }
-
-  /** Set a text only where it differs, so that nothing is read out twice. */
-  function write(element, text) {
-    if (element.textContent !== text) element.textContent = text;
-  }
-
   const within = "hb-choose__"; // every class of the chooser's begins so
 
-  class Chooser {
+  class Chooser extends Widget {
     constructor(root) {
-      this.data = JSON.parse(root.querySelector("script").textContent);
+      super(root, "choose");
       this.state = { ...this.data.usual };
-      this.build(root);
-      root.classList.add("hb-choose--live");
-      addEventListener("hashchange", () => this.restore());
-      this.address = location.hash;
-      if (location.hash.includes("=")) this.restore();
-      else this.render();
+      this.build();
+      this.start();
     }
 
-    build(root) {
+    toFragment() {
+      return toFragment(this.state);
+    }
+
+    fromAddress(address) {
+      return fromAddress(address, this.data);
+    }
+
+    build() {
       const { data } = this;
       const device = ([label, capability]) =>
         capability ? `${label} (${capability})` : label;
@@ -154,41 +142,31 @@
         )),
       };
       this.input = make("input", {
-        class: `${within}input`,
+        class: this.part("input"),
         id: "choose-parameters",
         type: "text",
         inputmode: "text",
         autocomplete: "off",
         spellcheck: "false",
         "aria-describedby": "choose-problem",
-        oninput: () => this.change("parameters", this.input.value, true),
+        oninput: () => this.change({ parameters: this.input.value }, { typed: true }),
       });
-      const label = make("label", { for: "choose-parameters", text: "Parameters, such as 7e9 or 125M" });
-      this.problem = make("p", { class: `${within}problem`, id: "choose-problem", hidden: "" });
       this.out = make("div", { class: `${within}out`, role: "group", "aria-label": "Recommendation" });
-      this.python = make("code");
-      this.share = make("button", {
-        class: `${within}share`,
-        type: "button",
-        text: "Copy a link to this",
-        onclick: () => this.copyLink(),
-      });
-      this.status = make("p", { class: `${within}status`, role: "status" });
-      root.append(
+      this.root.append(
         make(
           "div",
-          { class: `${within}panel` },
+          { class: this.part("panel") },
           make(
             "div",
             { class: `${within}top` },
             ...Object.values(this.selects).map((select) => select.parentElement),
-            make("div", { class: `${within}field` }, label, this.input),
+            this.field(this.input, "Parameters, such as 7e9 or 125M"),
           ),
           this.problem,
           this.out,
           make(
             "div",
-            { class: `${within}foot` },
+            { class: this.part("foot") },
             make("p", { class: `${within}python` }, make("span", { text: "In Python " }), this.python),
             this.share,
           ),
@@ -197,69 +175,19 @@
       );
     }
 
+    field(control, title) {
+      const label = make("label", { for: control.id, class: this.part("label"), text: title });
+      return make("div", { class: `${within}field` }, label, control);
+    }
+
     select(key, title, options) {
       const select = make(
         "select",
-        { class: `${within}select`, id: `choose-${key}`, onchange: () => this.change(key, select.value) },
+        { class: this.part("select"), id: `choose-${key}`, onchange: () => this.change({ [key]: select.value }) },
         ...options.map(([value, text]) => make("option", { value, text })),
       );
-      make("div", { class: `${within}field` }, make("label", { for: select.id, text: title }), select);
+      this.field(select, title);
       return select;
-    }
-
-    change(key, value, typed = false) {
-      this.state = { ...this.state, [key]: value };
-      this.render(typed);
-      clearTimeout(this.later);
-      this.later = setTimeout(() => this.save(), typed ? 400 : 0);
-    }
-
-    async copyLink() {
-      this.save();
-      let said = "Copied.";
-      try {
-        await navigator.clipboard.writeText(location.href);
-      } catch {
-        said = "The browser does not let pages copy: take it from the address bar.";
-      }
-      write(this.share, said);
-      write(this.status, said);
-      setTimeout(() => write(this.share, "Copy a link to this"), 4000);
-    }
-
-    save() {
-      clearTimeout(this.later);
-      // An address that is new is the reader's wish: its event is on the way.
-      if (!this.known || location.hash !== this.address) return;
-      const fragment = toFragment(this.state);
-      if (location.hash === fragment) return;
-      try {
-        history.replaceState(history.state, "", fragment);
-      } catch {
-        location.hash = fragment; // a browser that keeps files from doing that
-      }
-      this.address = location.hash;
-    }
-
-    /** Take the state of the address; without "=" it is a place on the page. */
-    restore() {
-      clearTimeout(this.later);
-      this.address = location.hash;
-      if (!location.hash.includes("=")) return;
-      const found = fromAddress(location.hash.slice(1), this.data);
-      this.state = found.state;
-      this.render();
-      this.complain(found.message);
-    }
-
-    complain(message) {
-      clearTimeout(this.complaint);
-      this.problem.hidden = !message;
-      write(this.problem, message);
-      if (message) {
-        clearTimeout(this.announcement);
-        write(this.status, message);
-      }
     }
 
     render(typed = false) {
@@ -267,25 +195,18 @@
       for (const [key, select] of Object.entries(this.selects)) select.value = state[key];
       if (!typed && this.input.value !== state.parameters) this.input.value = state.parameters;
       const parameters = readParameters(state.parameters);
-      this.known = parameters !== null;
-      this.out.classList.toggle(`${within}stale`, !this.known);
-      if (!this.known) {
-        this.input.setAttribute("aria-invalid", "true");
-        // Half a number is no mistake yet.
-        const message = `“${state.parameters}” is no number of parameters from 1 to 1e15. Type 7e9, 7B or 125M.`;
-        clearTimeout(this.complaint);
-        this.complaint = setTimeout(() => this.complain(message), typed ? 600 : 0);
+      if (parameters === null) {
+        this.reject(`“${state.parameters}” is no number of parameters from 1 to 1e15. Type 7e9, 7B or 125M.`, typed);
         return;
       }
-      this.input.removeAttribute("aria-invalid");
-      this.complain("");
+      this.accept(parameters);
       const found = answer(this.data, { ...state, parameters });
       this.out.replaceChildren(...(found.nearest ? this.refusal(found) : this.answer(found)));
       const words = [state.hardware, state.framework].map((word) => `"${word}"`);
       const short = parameters % 1e6 === 0 ? parameters.toExponential() : String(parameters);
       const number = short.replace("e+", "e");
       write(this.python, `recommend_precision(${words.join(", ")}, ${number}, "${state.task}")`);
-      this.announce(found, typed);
+      this.announce(this.inWords(found), typed);
     }
 
     /** A note, and a link to the page that explains it. */
@@ -353,17 +274,10 @@
       return parting;
     }
 
-    /** Tell those who do not see it, when the reader rests. */
-    announce(found, typed) {
-      clearTimeout(this.announcement);
-      const text = found.nearest
+    inWords(found) {
+      return found.nearest
         ? `No recommendation: ${found.why[0]}`
         : `Set ${found.setting}. It holds ${written(found.total)}, with ${found.warnings.length} warnings and ${found.alternatives.length} alternatives.`;
-      if (!this.wasShown) {
-        this.wasShown = true; // what the page opens with is read with the page
-        return;
-      }
-      this.announcement = setTimeout(() => write(this.status, text), typed ? 700 : 150);
     }
   }
 

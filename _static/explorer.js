@@ -1,6 +1,6 @@
 /* The number format explorer: a number, or a bit pattern, in every format.
  *
- * One file, no build step, no request: it works from a disk. Reading order:
+ * No build step, no request: it works from a disk, beside widget.js. Reading order:
  *
  *   1 formats and arithmetic   2 reading what is typed   3 writing numbers
  *   4 what is to be shown      5 the address             6 the page
@@ -13,6 +13,8 @@
 "use strict";
 
 (() => {
+  const { make, write, aboutAddress, Widget } = globalThis.halfTheBitsWidget;
+
   // ------------------------------------------------------- 1 formats and arithmetic
 
   const MANTISSA = 52n; // of float64, as is BIAS
@@ -579,8 +581,8 @@
   }
 
   /** The state that a fragment or a query asks for, and what is wrong with it. */
-  function fromAddress(text, usual, formats, isFragment) {
-    const asked = new URLSearchParams(text.replace(/\+/g, "%2B"));
+  function fromAddress(address, usual, formats) {
+    const asked = new URLSearchParams(address.slice(1).replace(/\+/g, "%2B"));
     const state = { ...usual };
     const wrong = [];
     const allowed = {
@@ -594,7 +596,7 @@
         wrong.push(`${key} “${value}” (there are ${known})`);
       } else if (KEYS.includes(key)) {
         state[key] = value;
-      } else if (isFragment) {
+      } else if (address.startsWith("#")) {
         wrong.push(`“${key}” (there are ${KEYS.join(", ")})`);
       }
     }
@@ -604,8 +606,7 @@
       wrong.push(`x “${state.x}”, which is not a number or a code of ${state.format}`);
       state.x = usual.x;
     }
-    const message = `This link asks for something else than the explorer has: ${wrong.join("; ")}. The usual stands in its place.`;
-    return { state, message: wrong.length ? message : "" };
+    return { state, message: aboutAddress(wrong) };
   }
 
   globalThis.halfTheBitsExplorer = {
@@ -616,45 +617,30 @@
 
   // ------------------------------------------------------- 6 the page
 
-  /** An element: `class`, `text`, `on…` and attributes; children as they come. */
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key === "text") element.textContent = value;
-      else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-      else element.setAttribute(key, value);
-    }
-    element.append(...children);
-    return element;
-  }
-
-  /** Set a text only where it differs, so that nothing is read out twice. */
-  function write(element, text) {
-    if (element.textContent !== text) element.textContent = text;
-  }
-
   const within = "hb-explorer__"; // every class of the explorer's begins so
 
-  class Explorer {
+  class Explorer extends Widget {
     constructor(root) {
-      const data = JSON.parse(root.querySelector("script").textContent);
-      this.root = root;
-      this.formats = data.formats.map(makeFormat);
+      super(root, "explorer");
+      this.formats = this.data.formats.map(makeFormat);
       this.usual = {
-        x: data.number,
-        format: data.format,
+        x: this.data.number,
+        format: this.data.format,
         rounding: "nearest",
         overflow: "saturate",
       };
       this.state = { ...this.usual };
-      this.build(data.examples);
+      this.build(this.data.examples);
       this.enhanceTable();
-      root.classList.add("hb-explorer--live");
-      addEventListener("hashchange", () => this.restore(location.hash));
-      const query = location.hash.includes("=") ? location.hash : location.search;
-      this.address = location.hash;
-      if (query.includes("=")) this.restore(query);
-      else this.render();
+      this.start();
+    }
+
+    toFragment() {
+      return toFragment(this.state, this.usual);
+    }
+
+    fromAddress(address) {
+      return fromAddress(address, this.usual, this.formats);
     }
 
     get format() {
@@ -667,7 +653,7 @@
       this.input = make("input", {
         type: "text",
         id: "explorer-number",
-        class: `${within}input`,
+        class: this.part("input"),
         autocomplete: "off",
         autocapitalize: "off",
         spellcheck: "false",
@@ -680,18 +666,15 @@
         "select",
         {
           id: "explorer-format",
-          class: `${within}select`,
+          class: this.part("select"),
           autocomplete: "off",
           onchange: () => this.choose(this.select.value),
         },
         ...this.formats.map((format) => make("option", { text: format.name })),
       );
       this.readAs = make("p", { id: "explorer-read", class: `${within}hint` });
-      this.problem = make("p", { id: "explorer-problem", class: `${within}problem` });
-      this.problem.hidden = true;
-      this.status = make("p", { class: `${within}status`, role: "status" });
       const label = (to, text) =>
-        make("label", { for: to, class: `${within}label`, text });
+        make("label", { for: to, class: this.part("label"), text });
 
       const top = make(
         "div",
@@ -747,22 +730,15 @@
         this.choice("overflow", "Beyond the largest number", OVERFLOWS),
       );
 
-      this.python = make("code");
-      this.share = make("button", {
-        type: "button",
-        class: `${within}share`,
-        text: "Copy a link to this",
-        onclick: () => this.copyLink(),
-      });
       const out = make(
         "div",
-        { class: `${within}out` },
+        { class: this.part("foot") },
         make("p", { class: `${within}python` }, "In Python: ", this.python),
         this.share,
       );
       const panel = make(
         "div",
-        { class: `${within}panel` },
+        { class: this.part("panel") },
         top, this.problem, this.readAs, tries, taken, choices, out, this.status,
       );
       this.root.prepend(panel);
@@ -810,11 +786,13 @@
     // -------------------------------------------------- what the reader does
 
     change(change, { typed = false, say = "" } = {}) {
-      this.state = { ...this.state, ...change };
       this.say = say;
-      this.render(typed);
-      clearTimeout(this.later);
-      this.later = setTimeout(() => this.save(), typed ? 250 : 0);
+      super.change(change, { typed });
+    }
+
+    restore(address) {
+      this.say = "";
+      super.restore(address);
     }
 
     /** Change the format, not the number: a code in the input would mean another. */
@@ -863,58 +841,7 @@
       target.focus();
     }
 
-    async copyLink() {
-      this.save();
-      let said = "Copied.";
-      try {
-        await navigator.clipboard.writeText(location.href);
-      } catch {
-        said = "The browser does not let pages copy: take it from the address bar.";
-      }
-      write(this.share, said);
-      write(this.status, said);
-      setTimeout(() => write(this.share, "Copy a link to this"), 4000);
-    }
-
-    // -------------------------------------------------- the address
-
-    save() {
-      clearTimeout(this.later);
-      // An address that is new is the reader's wish: its event is on the way.
-      if (!this.known || location.hash !== this.address) return;
-      const fragment = toFragment(this.state, this.usual);
-      if (location.hash === fragment) return;
-      try {
-        history.replaceState(history.state, "", fragment);
-      } catch {
-        location.hash = fragment; // a browser that keeps files from doing that
-      }
-      this.address = location.hash;
-    }
-
-    /** Take the state of an address; a fragment without "=" is a place on the page. */
-    restore(address) {
-      clearTimeout(this.later);
-      this.address = location.hash;
-      if (!address.includes("=")) return;
-      const isFragment = address.startsWith("#");
-      const found = fromAddress(
-        address.slice(1), this.usual, this.formats, isFragment,
-      );
-      this.state = found.state;
-      this.say = "";
-      this.render();
-      this.complain(found.message);
-    }
-
     // -------------------------------------------------- showing it
-
-    complain(message) {
-      clearTimeout(this.complaint);
-      this.problem.hidden = !message;
-      write(this.problem, message);
-      if (message) write(this.status, message);
-    }
 
     render(typed = false) {
       const { state, format } = this;
@@ -929,18 +856,10 @@
       try {
         known = read(state.x, format);
       } catch (error) {
-        this.known = null;
-        this.input.setAttribute("aria-invalid", "true");
-        this.root.classList.add("hb-explorer--stale");
-        // Half a number is no mistake yet.
-        clearTimeout(this.complaint);
-        this.complaint = setTimeout(() => this.complain(error.message), typed ? 600 : 0);
+        this.reject(error.message, typed);
         return;
       }
-      this.known = known;
-      this.complain("");
-      this.input.removeAttribute("aria-invalid");
-      this.root.classList.remove("hb-explorer--stale");
+      this.accept(known);
 
       const x = known.bits;
       const seen = look(x, format, state.rounding, state.overflow, known.code);
@@ -954,7 +873,7 @@
       this.renderChoices(x);
       this.renderTable(x);
       write(this.python, inPython(state, x, known.code, format));
-      this.announce(x, seen, typed);
+      this.announce(this.inWords(x, seen), typed);
     }
 
     renderRead({ bits, code, exact }) {
@@ -1253,17 +1172,10 @@
       }
     }
 
-    /** Tell those who do not see it, when the reader rests. */
-    announce(x, { format, value, what, relative }, typed) {
-      clearTimeout(this.announcement);
+    inWords(x, { format, value, what, relative }) {
       const off = relative ? `, off by ${ratio(relative)}` : "";
       const result = value === null ? what : `${shown(value)}, ${what}${off}`;
-      const text = `${this.say ?? ""}${shown(x)} in ${format.name}: ${result}`;
-      if (!this.wasShown) {
-        this.wasShown = true; // what the page opens with is read with the page
-        return;
-      }
-      this.announcement = setTimeout(() => write(this.status, text), typed ? 700 : 150);
+      return `${this.say ?? ""}${shown(x)} in ${format.name}: ${result}`;
     }
   }
 

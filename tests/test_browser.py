@@ -6,7 +6,6 @@ Needs Chromium or Chrome on the search path. Opens ``build/html``, or the folder
 
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -16,16 +15,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page
+
+from tests.widget import CLIPBOARD, DESK, PHONE
 
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[1]
 HTML = Path(os.environ.get("GUIDE_HTML", ROOT / "build" / "html")).resolve()
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-DESK = {"width": 1280, "height": 900}
-PHONE = {"width": 360, "height": 740}
 
 # axe-core's rules that a page may break, each with its reason.
 ALLOWED = {
@@ -38,22 +35,6 @@ class Quiet(SimpleHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Write nothing."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Start a browser without a window.
-
-    Yields:
-        The browser, which all tests share.
-    """
-    found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if found is None:
-        pytest.skip("there is no Chromium or Chrome on this machine to open pages in")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +59,6 @@ def server() -> Iterator[str]:
         yield f"http://127.0.0.1:{httpd.server_port}/"
         httpd.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Open a fresh profile; a test may parametrize its options.
-
-    Yields:
-        The profile.
-    """
-    context = browser.new_context(**getattr(request, "param", {"viewport": DESK}))
-    yield context
-    context.close()
 
 
 @pytest.fixture
@@ -178,12 +147,7 @@ def test_no_page_is_wider_than_a_phone(
     assert not wide
 
 
-@pytest.mark.parametrize(
-    "context",
-    [{"viewport": DESK, "permissions": ["clipboard-read", "clipboard-write"]}],
-    indirect=True,
-    ids=["clipboard"],
-)
+@CLIPBOARD
 def test_copy_button_copies_code_alone(
     server: str, pages: list[str], page: Page
 ) -> None:

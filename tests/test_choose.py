@@ -7,7 +7,6 @@ page; what a reader does is tried on a page built from the directive of
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from choose import answers
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 from snippets.recommend_precision import (
     FRAMEWORKS,
@@ -30,16 +28,13 @@ from snippets.recommend_precision import (
     recommend_precision,
     written,
 )
+from tests.widget import CLIPBOARD, PHONES, SCREENS, Widget, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "_static/choose.js"
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUESTIONS = list(product(HARDWARE, FRAMEWORKS, TASKS))
 # Ties of a decimal, a byte more and less than a device, and usual ones.
 SIZES = [1, 1e3, 167772160, 2.7e9, 80e9 / 18, 4444444445, 7e9, 405e9, 1e15]
-DESK, PHONE = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
-# The theme's own: no part of the chooser.
-ALLOWED: set[str] = set()
 
 browser_only = pytest.mark.browser
 
@@ -213,30 +208,13 @@ def test_a_page_that_there_is_not_is_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Start a browser without a window.
-
-    Yields:
-        The browser, which all tests share.
-    """
-    found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if found is None:
-        pytest.skip("there is no Chromium or Chrome on this machine to run the script")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def blank(browser: Browser) -> Iterator[Page]:
     """Load the script into an empty page.
 
     Yields:
         The page.
     """
-    page = browser.new_page()
-    page.add_script_tag(path=SCRIPT)
+    page = load(browser, "choose")
     page.evaluate("data => { globalThis.data = data; }", answers())
     yield page
     page.close()
@@ -310,58 +288,10 @@ def test_numbers_of_parameters_are_read_as_people_write_them(blank: Page) -> Non
 # --------------------------------------------------------- the page
 
 
-class Chooser:
-    """The page, opened from the disk; a request or an error of its script fails."""
+class Chooser(Widget):
+    """The page with the chooser."""
 
-    def __init__(self, page: Page, site: Path) -> None:
-        self.page, self.home = page, f"{site.as_uri()}/guide/choose.html"
-        self.strange: list[str] = []
-        page.on("request", lambda request: self._note(request.url))
-        page.on("pageerror", lambda error: self.strange.append(str(error)))
-        page.on(
-            "console",
-            lambda said: (
-                self.strange.append(said.text) if said.type == "error" else None
-            ),
-        )
-
-    def _note(self, url: str) -> None:
-        if not url.startswith(("file:", "data:")):
-            self.strange.append(url)
-
-    def open(self, state: str = "") -> None:
-        """Load the page anew."""
-        self.page.goto("about:blank")
-        self.page.goto(self.home + state)
-
-    def go(self, state: str) -> None:
-        """Change the address of the page that is open."""
-        self.page.evaluate("state => { location.hash = state; }", state)
-        self.page.wait_for_timeout(20)  # the event comes after this script
-
-    def text(self, part: str) -> str:
-        """Return what a part of the answer says."""
-        return self.page.locator(f".hb-choose__{part}").inner_text()
-
-    @property
-    def fragment(self) -> str:
-        """The state in the address, when it has settled."""
-        self.page.wait_for_timeout(500)
-        return str(self.page.evaluate("location.hash"))
-
-
-@pytest.fixture
-def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Open a window.
-
-    Yields:
-        The window's context, with the options that the test asks for.
-    """
-    options = getattr(request, "param", {"viewport": DESK})
-    context = browser.new_context(**options)
-    context.set_default_timeout(10_000)
-    yield context
-    context.close()
+    name = "choose"
 
 
 @pytest.fixture
@@ -371,10 +301,9 @@ def chooser(context: BrowserContext, site: Path) -> Iterator[Chooser]:
     Yields:
         The page with the chooser, which must not have asked any server for anything.
     """
-    chooser = Chooser(context.new_page(), site)
-    chooser.open()
+    chooser = Chooser(context.new_page(), site / "guide/choose.html")
     yield chooser
-    assert chooser.strange == []
+    assert chooser.wrong == []
 
 
 @browser_only
@@ -539,12 +468,7 @@ def test_changes_are_announced_politely_and_by_keyboard(chooser: Chooser) -> Non
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [{"viewport": DESK, "permissions": ["clipboard-read", "clipboard-write"]}],
-    indirect=True,
-    ids=["clipboard"],
-)
+@CLIPBOARD
 def test_the_link_can_be_copied(chooser: Chooser) -> None:
     """The button copies an address that opens the same state, and says so."""
     chooser.page.get_by_label("Task").select_option("rl")
@@ -567,66 +491,29 @@ STATES = [
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [
-        {"viewport": DESK, "color_scheme": "light"},
-        {"viewport": DESK, "color_scheme": "dark"},
-        {"viewport": PHONE, "color_scheme": "dark"},
-    ],
-    indirect=True,
-    ids=["light", "dark", "phone"],
-)
+@SCREENS
 def test_every_state_is_accessible(chooser: Chooser) -> None:
     """axe-core finds nothing in answers, refusals and a mistake."""
-    axe = Axe()
-    for state in STATES:
-        chooser.go(state) if state else None
-        results = axe.run(
-            chooser.page,
-            context=".hb-choose",
-            options={"resultTypes": ["violations"], "preload": False},
-        )
-        found = [
-            f"{state}: {violation['id']}: {node['html'][:160]} {node['failureSummary']}"
-            for violation in results.response["violations"]
-            if violation["id"] not in ALLOWED
-            for node in violation["nodes"][:3]
-        ]
-
-        assert not found, "\n".join(found)
+    assert chooser.violations(STATES) == []
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [{"viewport": {"width": w, "height": 740}, "is_mobile": True} for w in (320, 360)],
-    indirect=True,
-    ids=["320", "360"],
-)
+@PHONES
 def test_no_state_is_wider_than_a_phone(chooser: Chooser) -> None:
     """The longest settings wrap, and every control can be hit."""
-    screen = chooser.page.viewport_size
-    assert screen
     for state in STATES:
         chooser.go(state) if state else None
-        width, small, cut = chooser.page.evaluate(
-            """() => {
-                const all = (selector) => [...document.querySelectorAll(
-                    `.hb-choose ${selector}`)].map((element) => ({
-                        text: element.outerHTML,
-                        box: element.getBoundingClientRect() }));
-                const panel = document.querySelector(".hb-choose__panel")
-                    .getBoundingClientRect();
-                const small = all(":is(button, select, input)").filter(({ box }) =>
-                    Math.min(box.width, box.height) < 23.5);
-                const cut = all(".hb-choose__panel *:not(option)").filter(({ box }) =>
-                    box.width > 1 && (box.right > panel.right + 1
-                        || box.left < panel.left - 1));
-                return [document.documentElement.scrollWidth,
-                    small.map((e) => e.text), cut.map((e) => e.text)];
-            }"""
-        )
-        assert width <= screen["width"], state
-        assert small == [], state
-        assert cut == [], state
+
+        hit, inside = ":is(button, select, input)", ".hb-choose__panel *:not(option)"
+        assert chooser.misfits(hit, inside) == [], state
+
+
+@browser_only
+def test_a_query_opens_a_state_and_other_words_of_it_are_not_ours(
+    chooser: Chooser,
+) -> None:
+    """A link may carry a query, as search engines and themes add to addresses."""
+    chooser.open("?highlight=bf16&hardware=t4&framework=torch")
+
+    assert chooser.page.get_by_label("Device").input_value() == "t4"
+    assert chooser.page.locator(".hb-choose__problem").is_hidden()

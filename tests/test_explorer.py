@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,16 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from explorer import rows, written
-from playwright.sync_api import (
-    Browser,
-    BrowserContext,
-    Locator,
-    Page,
-    sync_playwright,
-)
+from playwright.sync_api import Browser, BrowserContext, Locator, Page
 from torch import Tensor
 
 from snippets.number_formats import (
@@ -45,10 +37,10 @@ from snippets.number_formats import (
     table,
     ulp,
 )
+from tests.widget import CLIPBOARD, DESK, PHONES, SCREENS, Widget, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "_static/explorer.js"
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ROUNDINGS = ("nearest", "toward_zero", "up", "down")
 MODES = [
     (name, rounding, overflow)
@@ -234,22 +226,6 @@ def test_an_example_cannot_end_the_script(tmp_path: Path) -> None:
 # --------------------------------------------------------- the arithmetic
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Start a browser without a window.
-
-    Yields:
-        The browser, which all tests share.
-    """
-    found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if found is None:
-        pytest.skip("there is no Chromium or Chrome on this machine to run the script")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
-
-
 # Numbers go there and back as the 64 bits that they are.
 HELPERS = """() => {
     const E = globalThis.E = halfTheBitsExplorer;
@@ -280,8 +256,7 @@ def blank(browser: Browser) -> Iterator[Page]:
     Yields:
         The page.
     """
-    page = browser.new_page()
-    page.add_script_tag(path=SCRIPT)
+    page = load(browser, "explorer")
     page.evaluate(HELPERS)
     yield page
     page.close()
@@ -750,37 +725,11 @@ def test_the_threshold_is_where_numbers_overflow(name: str, blank: Page) -> None
 
 # --------------------------------------------------------- what a reader does
 
-DESK = {"width": 1280, "height": 900}
-PHONE = {"width": 360, "height": 740}
-ALLOWED = {"region"}  # the theme's; see tests/test_browser.py
 
+class Explorer(Widget):
+    """The page with the explorer."""
 
-class Explorer:
-    """The explorer of a built page, opened from the disk, and what went wrong."""
-
-    def __init__(self, page: Page, site: Path) -> None:
-        self.page = page
-        self.home = f"{site.as_uri()}/"
-        self.wrong: list[str] = []
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("requestfailed", lambda r: self.wrong.append(r.url))
-        page.on("request", lambda r: self._note(r.url))
-        self.open()
-
-    def _note(self, url: str) -> None:
-        if not url.startswith((self.home, "data:")):
-            self.wrong.append(url)
-
-    def open(self, state: str = "") -> None:
-        """Open the page anew, in the state of an address."""
-        self.page.goto("about:blank")
-        self.page.goto(f"{self.home}index.html{state}")
-
-    def go(self, state: str) -> None:
-        """Follow a link to a state, without loading the page again."""
-        self.page.evaluate("state => { location.hash = state; }", state)
-        self.page.wait_for_function("state => location.hash === state", arg=state)
-        self.page.evaluate("() => new Promise((done) => setTimeout(done))")
+    name = "explorer"
 
     @property
     def input(self) -> Locator:
@@ -805,12 +754,6 @@ class Explorer:
         return self.page.locator("strong.hb-explorer__value").inner_text()
 
     @property
-    def fragment(self) -> str:
-        """The address's state, when the page has rested."""
-        rest = "() => new Promise((done) => setTimeout(() => done(location.hash), 300))"
-        return str(self.page.evaluate(rest))
-
-    @property
     def table(self) -> dict[str, list[str]]:
         """The texts of the table: sign, exponent, mantissa, value, what, errors."""
         found: dict[str, list[str]] = self.page.evaluate(
@@ -830,25 +773,13 @@ class Explorer:
 
 
 @pytest.fixture
-def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Open a fresh profile; a test may parametrize its options.
-
-    Yields:
-        The profile.
-    """
-    context = browser.new_context(**getattr(request, "param", {"viewport": DESK}))
-    yield context
-    context.close()
-
-
-@pytest.fixture
 def explorer(context: BrowserContext, site: Path) -> Iterator[Explorer]:
     """Open the explorer.
 
     Yields:
         The explorer; at the end nothing may have gone wrong on its page.
     """
-    explorer = Explorer(context.new_page(), site)
+    explorer = Explorer(context.new_page(), site / "index.html")
     yield explorer
     assert not explorer.wrong
 
@@ -1236,12 +1167,7 @@ def test_examples_lead_to_what_they_say(explorer: Explorer) -> None:
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [{"viewport": DESK, "permissions": ["clipboard-read", "clipboard-write"]}],
-    indirect=True,
-    ids=["clipboard"],
-)
+@CLIPBOARD
 def test_the_link_can_be_copied(explorer: Explorer) -> None:
     """The button copies an address that opens the same state, and says so."""
     explorer.input.fill("2^-9")
@@ -1249,7 +1175,7 @@ def test_the_link_can_be_copied(explorer: Explorer) -> None:
     explorer.page.get_by_role("button", name="Copied.").wait_for()
     address = explorer.page.evaluate("navigator.clipboard.readText()")
 
-    assert address == f"{explorer.home}index.html#x=2%5E-9&format=float8_e4m3fn"
+    assert address == f"{explorer.home}#x=2%5E-9&format=float8_e4m3fn"
 
 
 STATES = [
@@ -1263,73 +1189,23 @@ STATES = [
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [
-        {"viewport": DESK, "color_scheme": "light"},
-        {"viewport": DESK, "color_scheme": "dark"},
-        {"viewport": PHONE, "color_scheme": "dark"},
-    ],
-    indirect=True,
-    ids=["light", "dark", "phone"],
-)
+@SCREENS
 def test_every_state_is_accessible(explorer: Explorer) -> None:
     """axe-core finds nothing, in states with long codes, no code, and a mistake."""
-    explorer.page.emulate_media(reduced_motion="reduce")
-    axe = Axe()
-    for state in STATES:
-        explorer.go(state) if state else None
-        results = axe.run(
-            explorer.page,
-            context=".hb-explorer",
-            options={"resultTypes": ["violations"], "preload": False},
-        )
-        found = [
-            f"{state}: {violation['id']}: {node['html'][:160]} {node['failureSummary']}"
-            for violation in results.response["violations"]
-            if violation["id"] not in ALLOWED
-            for node in violation["nodes"][:3]
-        ]
-
-        assert not found, "\n".join(found)
+    assert explorer.violations(STATES) == []
 
 
 @browser_only
-@pytest.mark.parametrize(
-    "context",
-    [{"viewport": {"width": w, "height": 740}, "is_mobile": True} for w in (320, 360)],
-    indirect=True,
-    ids=["320", "360"],
-)
+@PHONES
 def test_no_state_is_wider_than_a_phone(explorer: Explorer) -> None:
     """Every format and the longest numbers fit, and every control can be hit."""
-    screen = explorer.page.viewport_size
-    assert screen
+    hit = ":is(button, a, select, input[type=text], .hb-explorer__choices label)"
     for name in FORMATS:
         for x in ("-1.7976931348623157e308", "2.2250738585072014e-308"):
             explorer.go(f"#x={x}&format={name}&rounding=toward_zero")
-            width, small, cut = explorer.page.evaluate(
-                """() => {
-                    const all = (selector) => [...document.querySelectorAll(
-                        `.hb-explorer ${selector}`)].map((element) => ({
-                            text: element.outerHTML,
-                            box: element.getBoundingClientRect() }));
-                    const panel = document.querySelector(".hb-explorer")
-                        .getBoundingClientRect();
-                    const hit = ":is(button, a, select, input[type=text], "
-                        + ".hb-explorer__choices label):not(th *)";
-                    const small = all(hit).filter(({ box }) =>
-                        box.width && Math.min(box.width, box.height) < 23.5);
-                    const cut = all(":not(thead, thead *)").filter(({ box }) =>
-                        box.width > 1 && (box.right > panel.right + 1
-                            || box.left < panel.left - 1));
-                    return [document.documentElement.scrollWidth,
-                        small.map((e) => e.text), cut.map((e) => e.text)];
-                }"""
-            )
-            assert width <= screen["width"], (name, x)
-            assert small == [], (name, x)
-            assert cut == [], (name, x)
+
+            found = explorer.misfits(f"{hit}:not(th *)", ":not(thead, thead *)")
+            assert found == [], (name, x)
 
 
 @browser_only
