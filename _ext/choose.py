@@ -1,4 +1,4 @@
-"""The precision chooser: all answers of ``snippets/recommend_precision.py``, as data.
+"""The precision chooser: all answers of ``snippets/choose_a_precision.py``, as data.
 
 .. code-block:: md
 
@@ -23,8 +23,8 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 from widgets import connect, place
 
-from snippets import recommend_precision as rules
-from snippets.recommend_precision import (
+from snippets import choose_a_precision as rules
+from snippets.choose_a_precision import (
     FRAMEWORKS,
     HARDWARE,
     KINDS,

@@ -5,7 +5,7 @@
  *   1 answers   2 the address   3 the page
  *
  * It knows no rule: _ext/choose.py writes into the page what recommend_precision of
- * snippets/recommend_precision.py answers to every question, with the bytes of one
+ * snippets/choose_a_precision.py answers to every question, with the bytes of one
  * parameter. Here they are looked up, and multiplied by the parameters as Python does;
  * tests/test_choose.py compares the two for every question.
  */

@@ -19,7 +19,7 @@ from bs4 import BeautifulSoup
 from choose import answers
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from snippets.recommend_precision import (
+from snippets.choose_a_precision import (
     FRAMEWORKS,
     HARDWARE,
     TASKS,

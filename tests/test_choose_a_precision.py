@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from snippets import fp8, precision_names, quantized_linear, recommend_precision
-from snippets.main_params import MainParams
-from snippets.memory_ledger import MemoryLedger
-from snippets.recommend_precision import (
+from snippets import choose_a_precision, fp8, precision_names, quantized_linear
+from snippets.choose_a_precision import (
     ADAPTERS,
     FRAMEWORKS,
     HARDWARE,
@@ -27,10 +25,12 @@ from snippets.recommend_precision import (
     devices_needed,
     written,
 )
+from snippets.main_params import MainParams
+from snippets.memory_ledger import MemoryLedger
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [task for task in TASKS if task not in {"inference", "scientific"}]
-recommend = recommend_precision.recommend_precision
+recommend = choose_a_precision.recommend_precision
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -147,10 +147,10 @@ def test_every_row_of_the_rules_is_used() -> None:
     for answer in ANSWERS.values():
         used |= {*answer.warnings, *(other.why for other in answer.alternatives)}
     for table in ("_RULES", "_ALTERNATIVES", "_WARNINGS"):
-        for *_, text, page in recommend_precision._rows(
-            getattr(recommend_precision, table)
+        for *_, text, page in choose_a_precision._rows(
+            getattr(choose_a_precision, table)
         ):
-            assert recommend_precision.Note(text, page) in used, text
+            assert choose_a_precision.Note(text, page) in used, text
 
 
 def test_every_page_that_explains_is_there() -> None:
@@ -335,7 +335,7 @@ def test_bytes_of_one_dtype_are_what_the_ledger_measures(
 ) -> None:
     """The alternatives that store everything as they compute, training."""
     key = {"bf16-true": "bf16", "64-true": "fp64", "32-true": "fp32"}[name]
-    each = recommend_precision._bytes(key, "pretrain")
+    each = choose_a_precision._bytes(key, "pretrain")
 
     assert [size * N for size in each] == measured(storage)
 
@@ -396,7 +396,7 @@ def test_bytes_are_those_of_the_ledgers_page() -> None:
 
     assert set(table) == set(keys)
     for name, key in keys.items():
-        each = recommend_precision._bytes(key, "pretrain")
+        each = choose_a_precision._bytes(key, "pretrain")
         assert [*each, sum(each)] == table[name], name
 
 

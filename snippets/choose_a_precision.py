@@ -6,9 +6,9 @@ Rules are rows of tables: the first that fits the task and the device, and for w
 framework has a name, is the answer. Each alternative and warning that fits is told.
 
     Guide:   guide/choose_a_precision
-    Tests:   tests/test_recommend_precision.py
+    Tests:   tests/test_choose_a_precision.py
     Sources: NVIDIA, CUDA GPU Compute Capability and CUDA Programming Guide 13 (2026),
-             section 5.1 (what each compute capability has); data sheets of each GPU
+             section 5.1 (what each compute capability has); what makers list of each GPU
              (memory); Transformer Engine 2.20.2, pytorch/quantization.py (FP8, FP4);
              AMD, ROCm precision support (2024); pytorch/pytorch#139386 and
              huggingface/transformers#40458 (BF16 on Apple's GPUs); the bytes are those
@@ -40,7 +40,7 @@ TASKS = {
 }
 _TRAIN = ("pretrain", "finetune", "lora", "rl", "speech")
 
-# key | device | compute capability | GB of one device, by its data sheet | what it has;
+# key | device | compute capability | GB of one device, as its maker lists it | what it has;
 # slow64: float64 at 1/32 of float32's rate or less
 _HARDWARE = """
 cpu      | CPU                 |      |     | cpu fp64
