@@ -8,7 +8,7 @@ framework has a name, is the answer. Each alternative and warning that fits is t
     Guide:   guide/choose_a_precision
     Tests:   tests/test_choose_a_precision.py
     Sources: NVIDIA, CUDA GPU Compute Capability and CUDA Programming Guide 13 (2026),
-             section 5.1 (what each compute capability has); what makers list of each GPU
+             section 5.1 (what each compute capability has); makers' lists of their GPUs
              (memory); Transformer Engine 2.20.2, pytorch/quantization.py (FP8, FP4);
              AMD, ROCm precision support (2024); pytorch/pytorch#139386 and
              huggingface/transformers#40458 (BF16 on Apple's GPUs); the bytes are those
@@ -40,8 +40,8 @@ TASKS = {
 }
 _TRAIN = ("pretrain", "finetune", "lora", "rl", "speech")
 
-# key | device | compute capability | GB of one device, as its maker lists it | what it has;
-# slow64: float64 at 1/32 of float32's rate or less
+# key | device | compute capability | GB of one device, as its maker lists it | what it
+# has; slow64: float64 at 1/32 of float32's rate or less
 _HARDWARE = """
 cpu      | CPU                 |      |     | cpu fp64
 t4       | NVIDIA T4           | 7.5  | 16  | gpu cuda old fp64 slow64
