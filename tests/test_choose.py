@@ -7,8 +7,6 @@ page; what a reader does is tried on a page built from the directive of
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -28,7 +26,7 @@ from snippets.choose_a_precision import (
     recommend_precision,
     written,
 )
-from tests.widget import CLIPBOARD, PHONES, SCREENS, Widget, load
+from tests.widget import CLIPBOARD, PHONES, SCREENS, Widget, build, directive, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "_static/choose.js"
@@ -79,52 +77,25 @@ def asked(
 
 # --------------------------------------------------------- the directive, no browser
 
-CONF = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "_ext")!r}]
-extensions = ["myst_parser", "look", "choose"]
-html_theme = "sphinx_book_theme"
-html_static_path = ["_static"]
-templates_path = [{str(ROOT / "_templates")!r}]
-"""
-BARE = CONF.replace('html_theme = "sphinx_book_theme"\n', "").replace('"look", ', "")
-_FOUND = re.search(
-    r"(?ms)^```\{precision-chooser\}.*?^```",
-    (ROOT / "source/guide/choose_a_precision.md").read_text("utf-8"),
-)
-assert _FOUND
-DIRECTIVE = _FOUND[0]
+DIRECTIVE = directive("guide/choose_a_precision", "precision-chooser")
 
 
-def build(
-    folder: Path, text: str, conf: str = CONF, pages: bool = True
+def built_with(
+    folder: Path, text: str, *, theme: bool = True, stubs: bool = True
 ) -> tuple[Path, str]:
     """Build a site of this page, and stubs of those that notes name."""
-    source = folder / "source"
-    (source / "guide").mkdir(parents=True)
-    (source / "_static").symlink_to(ROOT / "_static")
-    (source / "conf.py").write_text(conf, "utf-8")
-    (source / "index.md").write_text("---\norphan: true\n---\n# Home\n", "utf-8")
-    (source / "guide/choose.md").write_text(f"---\norphan: true\n---\n{text}", "utf-8")
     data = answers()
-    for page in {page for _, page in (*data["notes"], data["shard"])} if pages else ():
-        stub = source / f"{page}.md"
-        stub.parent.mkdir(exist_ok=True)
-        stub.write_text(f"---\norphan: true\n---\n# About {stub.stem}\n", "utf-8")
-    sphinx = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-b", "html", source, folder / "html"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return folder / "html", sphinx.stderr
+    named = {page for _, page in (*data["notes"], data["shard"])} if stubs else set()
+    pages = {page: f"# About {page.rpartition('/')[2]}\n" for page in named}
+    pages |= {"index": "# Home\n", "guide/choose": text}
+    return build(folder, pages, "choose", theme=theme)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a built site with the chooser of the guide."""
     text = f"# Choose\n\n## Answer\n\n{DIRECTIVE}\n\n## More\n\nText.\n"
-    built, warnings = build(tmp_path_factory.mktemp("choose"), text)
+    built, warnings = built_with(tmp_path_factory.mktemp("choose"), text)
 
     assert not warnings
     return built
@@ -190,7 +161,7 @@ def test_what_makes_no_sense_is_a_located_error(tmp_path: Path) -> None:
         ("h100 lightning 7e9", "4 argument"),
     ]
     text = "".join(f"\n```{{precision-chooser}} {case}\n```\n" for case, _ in senseless)
-    _, warnings = build(tmp_path, f"# T\n{text}", BARE)
+    _, warnings = built_with(tmp_path, f"# T\n{text}", theme=False)
 
     for _, complaint in senseless:
         assert re.search(rf"choose\.md:\d+: ERROR: (?s:.*?){complaint}", warnings)
@@ -199,7 +170,9 @@ def test_what_makes_no_sense_is_a_located_error(tmp_path: Path) -> None:
 
 def test_a_page_that_there_is_not_is_a_warning(tmp_path: Path) -> None:
     """A rule cannot name a page that was moved."""
-    _, warnings = build(tmp_path, f"# T\n\n{DIRECTIVE}\n", BARE, pages=False)
+    _, warnings = built_with(
+        tmp_path, f"# T\n\n{DIRECTIVE}\n", theme=False, stubs=False
+    )
 
     assert "the rules name a page that there is not: guide/fp8" in warnings
 

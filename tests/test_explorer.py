@@ -10,8 +10,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from decimal import Decimal
@@ -37,7 +35,16 @@ from snippets.number_formats import (
     table,
     ulp,
 )
-from tests.widget import CLIPBOARD, DESK, PHONES, SCREENS, Widget, load
+from tests.widget import (
+    CLIPBOARD,
+    DESK,
+    PHONES,
+    SCREENS,
+    Widget,
+    build,
+    directive,
+    load,
+)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "_static/explorer.js"
@@ -56,48 +63,20 @@ browser_only = pytest.mark.browser
 
 # --------------------------------------------------------- the directive, no browser
 
-CONF = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "_ext")!r}]
-extensions = ["myst_parser", "sphinx.ext.doctest", "look", "explorer"]
-html_theme = "sphinx_book_theme"
-html_static_path = ["_static"]
-templates_path = [{str(ROOT / "_templates")!r}]
-"""
-BARE = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "_ext")!r}]
-extensions = ["myst_parser", "explorer"]
-html_static_path = ["_static"]
-"""
-PAGE = (ROOT / "source/reference/explorer.md").read_text("utf-8")
-_FOUND = re.search(r"(?ms)^```\{number-explorer\}.*?^```", PAGE)
-assert _FOUND
-DIRECTIVE = _FOUND[0]
+DIRECTIVE = directive("reference/explorer", "number-explorer")
 
 
-def build(folder: Path, text: str, conf: str = CONF) -> tuple[Path, str]:
-    """Build a site of this page and one without an explorer; return it and warnings."""
-    source = folder / "source"
-    source.mkdir()
-    (source / "_static").symlink_to(ROOT / "_static")
-    (source / "conf.py").write_text(conf, "utf-8")
-    (source / "index.md").write_text(text, "utf-8")
-    (source / "plain.md").write_text("---\norphan: true\n---\n# Plain\n", "utf-8")
-    sphinx = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-b", "html", source, folder / "html"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return folder / "html", sphinx.stderr
+def built_with(folder: Path, text: str, *, theme: bool = True) -> tuple[Path, str]:
+    """Build a site of this page and one without an explorer."""
+    pages = {"index": text, "plain": "# Plain\n"}
+    return build(folder, pages, "explorer", theme=theme)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a built site whose first page has the explorer of the reference."""
     text = f"# Explorer\n\nText.\n\n{DIRECTIVE}\n\n## More\n\nText.\n"
-    built, warnings = build(tmp_path_factory.mktemp("explorer"), text)
+    built, warnings = built_with(tmp_path_factory.mktemp("explorer"), text)
 
     assert not warnings
     return built
@@ -205,7 +184,7 @@ def test_what_makes_no_sense_is_a_located_error(tmp_path: Path) -> None:
         ("0.3\n:format: float16\n\n1 | no | why", "an example is 'number | format"),
     ]
     text = "".join(f"\n```{{number-explorer}} {case}\n```\n" for case, _ in senseless)
-    _, warnings = build(tmp_path, f"# T\n{text}", BARE)
+    _, warnings = built_with(tmp_path, f"# T\n{text}", theme=False)
 
     for line in range(len(senseless)):
         complaint = senseless[line][1]
@@ -216,7 +195,9 @@ def test_what_makes_no_sense_is_a_located_error(tmp_path: Path) -> None:
 def test_an_example_cannot_end_the_script(tmp_path: Path) -> None:
     """What an example says stays data, whatever it says."""
     lines = "0.3\n:format: float16\n\n1 | float16 | </script><b>bold</b>"
-    built, _ = build(tmp_path, f"# T\n\n```{{number-explorer}} {lines}\n```\n", BARE)
+    built, _ = built_with(
+        tmp_path, f"# T\n\n```{{number-explorer}} {lines}\n```\n", theme=False
+    )
     script = shown(built).select_one("script")
     assert script
 

@@ -1,6 +1,9 @@
 """An interactive part of a page, as tests of its script and of its page meet it."""
 
-from collections.abc import Iterable
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,51 @@ CLIPBOARD = pytest.mark.parametrize(
     indirect=True,
     ids=["clipboard"],
 )
+
+
+def directive(page: str, name: str) -> str:
+    """Return a widget's directive, as a page of the guide has it."""
+    text = (ROOT / f"source/{page}.md").read_text("utf-8")
+    found = re.search(rf"(?ms)^```\{{{name}\}}.*?^```", text)
+    assert found, f"{page} has no {name}"
+    return found[0]
+
+
+def build(
+    folder: Path, pages: Mapping[str, str], extension: str, *, theme: bool = True
+) -> tuple[Path, str]:
+    """Build a site of Markdown pages, in the guide's theme or bare.
+
+    Returns:
+        Its folder, and the warnings.
+    """
+    source = folder / "source"
+    source.mkdir()
+    (source / "_static").symlink_to(ROOT / "_static")
+    look = f"""
+html_theme = "sphinx_book_theme"
+templates_path = [{str(ROOT / "_templates")!r}]
+extensions += ["sphinx.ext.doctest", "look"]
+"""
+    conf = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "_ext")!r}]
+extensions = ["myst_parser", {extension!r}]
+html_static_path = ["_static"]
+{look if theme else ""}
+"""
+    (source / "conf.py").write_text(conf, "utf-8")
+    for name, text in pages.items():
+        file = source / f"{name}.md"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"---\norphan: true\n---\n{text}", "utf-8")
+    sphinx = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-b", "html", source, folder / "html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return folder / "html", sphinx.stderr
 
 
 def load(browser: Browser, name: str) -> Page:
