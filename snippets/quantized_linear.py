@@ -44,7 +44,6 @@ CODEBOOKS = {"nf4": torch.tensor(_NF4), "fp4": torch.tensor(_FP4).div(12)}  # by
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 2**20  # values at a time: what is between the steps stays in the cache
-_PIECE = 7 * 2**12  # the same for two threads: torch leaves so few to one
 _ROUNDS = 1.5 * 2.0**23  # plus this, a small float32 is rounded, halves to even
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -60,11 +59,6 @@ def _choose(name: str, value: object, allowed: Collection[object]) -> None:
     near = get_close_matches(str(value), names, 1, 0)  # the nearest, however far
     hint = f"; did you mean {near[0]!r}?" if near else ""
     _need(good, f"{name} must be one of {tuple(allowed)}, got {value!r}{hint}")
-
-
-def _chunk() -> int:
-    """Choose so that two threads do not wait for each other at each of many steps."""
-    return _PIECE if torch.get_num_threads() == 2 else _CHUNK
 
 
 def _check_values(x: Tensor) -> None:
@@ -123,10 +117,9 @@ def quantize_4bit(
     numel, full = len(flat), len(flat) - len(flat) % block_size
     codes = flat.new_empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = flat.new_empty(-(-numel // block_size), dtype=torch.float32)
-    chunk = _chunk()
-    work = flat.new_empty(min(full, chunk), dtype=torch.float32)
-    for start in range(0, full, chunk):
-        part = flat[start : min(start + chunk, full)].view(-1, block_size)
+    work = flat.new_empty(min(full, _CHUNK), dtype=torch.float32)
+    for start in range(0, full, _CHUNK):
+        part = flat[start : min(start + _CHUNK, full)].view(-1, block_size)
         scaled = work[: part.numel()].view_as(part)
         top = absmax[start // block_size :][: len(part)]
         torch.amax(scaled.copy_(part).abs_(), 1, out=top)
@@ -181,11 +174,9 @@ def dequantize_4bit(
     book = CODEBOOKS[quant_type].to(flat.device)
     pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], 1)
     table = pairs.view(torch.float64).view(-1)  # a byte's two values are found at once
-    out = torch.empty(2 * len(flat), dtype=dtype, device=flat.device)
-    chunk = _chunk()
-    if chunk < len(out):
-        out[::256].zero_()  # touch its memory with all threads: that takes longest
-    sizes = {flat: chunk // 2, out: chunk, scales: chunk // block_size}
+    # All threads write zeros first: getting the memory takes longer than all the rest.
+    out = torch.zeros(2 * len(flat), dtype=dtype, device=flat.device)
+    sizes = {flat: _CHUNK // 2, out: _CHUNK, scales: _CHUNK // block_size}
     parts = [torch.split(tensor, size) for tensor, size in sizes.items()]
     for byte, part, top in zip(*parts, strict=True):
         values = part if dtype == torch.float32 else torch.empty_like(part).float()
@@ -255,7 +246,7 @@ def quantize_int8(
         rows = rows.masked_fill(outliers, 0) if len(columns) else rows
     codes = torch.zeros_like(rows, dtype=torch.int8)
     absmax = rows.new_zeros(len(rows), dtype=torch.float32)
-    step = max(1, _chunk() // max(1, x.shape[-1]))
+    step = max(1, _CHUNK // max(1, x.shape[-1]))
     work = torch.empty_like(rows[:step], dtype=torch.float32)
     for start in range(0, len(rows) if x.numel() else 0, step):
         part, top = rows[start : start + step], absmax[start : start + step]
@@ -281,7 +272,7 @@ def dequantize_int8(
     _need(has == wants, f"{[*codes.shape]} takes {wants} absmax, got {has}")
     rows = codes.reshape(wants, -1)
     out = torch.empty_like(rows, dtype=dtype)
-    step = max(1, _chunk() // max(1, rows.shape[-1]))
+    step = max(1, _CHUNK // max(1, rows.shape[-1]))
     for start in range(0, wants, step):
         values = rows[start : start + step] * absmax[start : start + step, None]
         torch.mul(values, 1 / 127, out=out[start : start + step])
