@@ -500,8 +500,12 @@ def _why(wider: float | None, dtype: torch.dtype, phase: str) -> str:
     if not math.isfinite(wider):
         scale = "; no loss scale cures it" if phase == "backward" else ""
         return f"; in {other} it is not finite either{scale}"
-    is_scale = phase == "backward" and dtype == torch.float16
-    scale = "; a lower loss scale cures it" if is_scale else ""
+    if wider <= ends:  # a divisor that is 0 in the narrow dtype, say
+        return f"; in {other} it is finite, at most {wider:.4g}"
+    scale = ""
+    if phase == "backward" and dtype == torch.float16:  # it is linear in the scale
+        times = 2 ** math.ceil(math.log2(wider / ends))
+        scale = f"; a loss scale {times} times lower cures it"
     return f"; {name} ends at {ends:.5g}, in {other} the largest is {wider:.4g}{scale}"
 
 

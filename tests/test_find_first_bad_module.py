@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import random
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -212,6 +213,29 @@ def test_half_precision_overflow_tells_the_wider_result() -> None:
     assert find_first_bad_module(model, batch() + 3, loss_fn=torch.sum) is None
 
 
+@pytest.mark.parametrize(
+    ("target", "end"),
+    [
+        (0.0, "float16 ends at 65504, in float32 the largest is 2.5e+11; "
+              "a loss scale 4194304 times lower cures it; "),
+        (1.0, "in float32 it is finite, at most 0; "),
+    ],
+)  # fmt: skip
+def test_where_no_scale_can_help_the_message_tells(target: float, end: str) -> None:
+    """BCE of a saturated sigmoid divides by 1e-12, or by what float16 makes of it."""
+    model = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()).half()
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(30.0)
+
+    def loss_fn(p: Tensor) -> Tensor:
+        return F.binary_cross_entropy(p, torch.full_like(p, target))
+
+    x = torch.ones(4, 4).half()
+    result = found(find_first_bad_module(model, x, loss_fn=loss_fn))
+    assert result.phase == "backward"
+    assert end in result.message
+
+
 def test_an_infinity_of_a_high_scale_is_no_nan_of_the_forward_pass() -> None:
     """Backward, overflow, a lower scale cures it; and it does. GradScaler skips."""
     model, x = chain(*["none"] * 3), batch()
@@ -224,7 +248,11 @@ def test_an_infinity_of_a_high_scale_is_no_nan_of_the_forward_pass() -> None:
         low = find_first_bad_module(model, x, loss_fn=loss_fn, scale=2.0**10)
     assert (high.phase, high.output.nan) == ("backward", 0)
     assert high.output.dtype == torch.float16
-    assert "a lower loss scale cures it" in high.message
+    told = re.search(r"a loss scale (\d+) times lower cures it", high.message)
+    assert told
+    assert high.in_wider_dtype is not None
+    factor = int(told[1])
+    assert high.in_wider_dtype / factor <= 65504 < high.in_wider_dtype / factor * 2
     assert low is None
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
