@@ -94,12 +94,13 @@ class NumericsMonitor(_Callback):
         rules: All rules, with limit and action.
         records: Of this run, oldest first. Each has ``step``, ``optimizer``, ``scale``,
             ``skipped``, ``nonfinite`` (None, or the module and the phase where NaN or
-            Inf began), and if measured ``zero`` (share of gradients that are 0),
-            ``underflow`` (share of the others that `format` rounds to 0 at this
-            scale), ``worst`` (module with the most), ``update_ratio`` (norm of the
-            change by norm of the weights), ``half_ulp`` (of the weights' dtype, by the
-            weight, at most), ``lost`` (share of weights with a gradient that the step
-            left as they were) and ``amax`` (of FP8 tensors).
+            Inf began: "forward", "backward", or "weights" that were so before), and if
+            measured ``zero`` (share of gradients that are 0), ``underflow`` (share of
+            the others that `format` rounds to 0 at this scale), ``worst`` (module with
+            the most), ``update_ratio`` (norm of the change by norm of the weights),
+            ``half_ulp`` (of the weights' dtype, by the weight, at most), ``lost``
+            (share of weights with a gradient that the step left as they were) and
+            ``amax`` (of FP8 tensors).
 
     Raises:
         TypeError: A rule is no limit and no action.
@@ -512,8 +513,9 @@ class NumericsMonitor(_Callback):
         for (kind, name, _), is_fine in zip(self._tape, flags, strict=True):
             if is_fine or name in self._usual:
                 last = name if kind == "grad_output" else ""
-            elif kind == "output":
-                return name, "forward"
+            elif kind == "output":  # of good weights?
+                own = self._model.get_submodule(name).parameters(recurse=False)
+                return name, "forward" if _all_finite(own) else "weights"
             else:  # what made it is between this output and the gradient before it
                 readers = self._readers.get(name, []) or [last or f"(after {name})"]
                 told = [reader for reader in readers if reader in modules]

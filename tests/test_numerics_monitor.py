@@ -542,6 +542,21 @@ def test_functional_code_and_checkpoints_are_located() -> None:
     }
 
 
+def test_weights_that_an_optimizer_spoiled_are_told_from_a_bad_forward() -> None:
+    """Adam's eps is 0 in float16, and so the gradients that are 0 become 0 / 0."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).half()
+    optimizer = torch.optim.Adam(model.parameters())
+    monitor = NumericsMonitor(rules={"nonfinite": "ignore", "max_underflow": "ignore"})
+    with monitor.attach(model):
+        for _ in range(2):
+            torch.autograd.backward(model(torch.zeros(2, 8).half()).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = {"module": "0", "phase": "weights"}
+    assert [r["nonfinite"] for r in monitor.records] == [None, found]
+
+
 def test_of_two_readers_the_one_with_bad_weights_is_named() -> None:
     """A residual stream is read twice; the branch whose backward overflows is named."""
 
