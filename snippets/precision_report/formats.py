@@ -81,14 +81,16 @@ ALIASES = {
 
 def exponents(x: Tensor) -> Tensor:
     """Return floor(log2(abs(x))) of float64 as int64; -1023 for zeros."""
-    return (x.view(torch.int64) >> 52 & 2047) - 1023
+    return (x.view(torch.int64) >> 52).bitwise_and_(2047).sub_(1023)
 
 
 def round_(x: Tensor, fmt: Format) -> Tensor:
     """Round float64 to nearest, ties to even, as if there were no largest number."""
-    exponent = exponents(x).clamp(min=fmt.min_exponent) - fmt.mantissa_bits
-    quantum = (exponent + 1023 << 52).view(torch.float64)
-    return torch.round(x / quantum) * quantum
+    power = (x.view(torch.int64) & 2047 << 52).view(torch.float64)  # mantissa is 0
+    quantum = power.clamp_(2.0**fmt.min_exponent, 2.0**1023).mul_(
+        2.0**-fmt.mantissa_bits
+    )
+    return (x / quantum).round_().mul_(quantum)
 
 
 def scales(fmt: Format, amax: Tensor) -> Tensor:

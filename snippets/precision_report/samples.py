@@ -7,6 +7,7 @@ of its numbers, is all that the step waits for.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Samples:
         self.peaks: dict[int, Tensor] = {}  # and the largest of each number's feature
         self.weights: list[tuple[Row, Tensor, Tensor]] = []  # with their updates
         self.places: dict[tuple[int, torch.device], Tensor] = {}
+        self.features: dict[tuple[torch.Size, int, torch.device], Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
 
     def limit(self, x: Tensor) -> int:
@@ -74,11 +76,15 @@ class Samples:
         others = [d for d in range(x.dim()) if d != dim]
         x = _real(x)
         largest = torch.maximum(x.amax(others), -x.amin(others))
-        lines = torch.arange(len(sample), device=x.device)
-        if x.numel() > BLOCK * BLOCKS:
-            lines = self.places[x.numel(), x.device]
-        numbers = lines[:, None] * BLOCK + torch.arange(BLOCK, device=x.device)
-        return largest[numbers // math.prod(x.shape[dim + 1 :]) % x.shape[dim]]
+        key = x.shape, dim, x.device
+        if key not in self.features:
+            lines = torch.arange(len(sample), device=x.device)
+            if x.numel() > BLOCK * BLOCKS:
+                lines = self.places[x.numel(), x.device]
+            numbers = lines[:, None] * BLOCK + torch.arange(BLOCK, device=x.device)
+            inner = math.prod(x.shape[dim + 1 :])
+            self.features[key] = numbers // inner % x.shape[dim]
+        return largest[self.features[key]]
 
     def take(self, row: Row, x: Tensor, value: Value, limits: int) -> None:
         """Count a tensor for the row of its module, kind and name."""
@@ -106,25 +112,28 @@ class Samples:
         peaks = gather(list(self.peaks.values()))
         sizes = torch.tensor([len(x) for x in self.picked.values()])
         stats = _Statistics(sample, peaks, sizes, [limits[limit] for limit in places])
-        rounded = {name: stats.round(FORMATS[name]) for name in formats}
-        for row, value, taken in self.rows.values():
-            mine = [places[limit] for limit in taken if limit in places]
+        own = [
+            [places[at] for at in taken if at in places]
+            for _, _, taken in self.rows.values()
+        ]
+        pairs = torch.tensor([(i, j) for i, mine in enumerate(own) for j in mine])
+        histograms, features = _add(stats.histogram, pairs), _add(stats.features, pairs)
+        sums = {name: _add(stats.round(FORMATS[name]), pairs) for name in formats}
+        for i, (row, value, taken) in enumerate(self.rows.values()):
             row.low = value.low or (
                 value.cast and row.kind not in {"output", "grad_output"}
             )
             row.is_finite = all(math.isfinite(x) for at in taken for x in limits[at])
             others = [max(map(abs, limits[at])) for at in taken[CALLS:]]
-            amaxes = [stats.amax[i] for i in mine]
+            amaxes = [stats.amax[j] for j in own[i]]
             row.amax = max(amaxes + [a for a in others if math.isfinite(a)])
             row.is_index = value.index
-            row.is_integer = all(stats.is_integer[i] for i in mine)
-            row.histogram = stats.histogram[mine].sum(0).tolist()
-            row.features = stats.features[mine].sum(0).tolist()
-            least = min((stats.least[i] for i in mine if stats.least[i]), default=1.0)
+            row.is_integer = all(stats.is_integer[j] for j in own[i])
+            row.histogram, row.features = histograms[i], features[i]
+            least = min((stats.least[j] for j in own[i] if stats.least[j]), default=1.0)
             row.range_log2 = math.log2(row.amax / least) if row.amax else 0.0
-            for name, sums in rounded.items():
-                found = [sums[i] for i in mine]
-                row.formats[name] = _stats(FORMATS[name], row, found)
+            for name in formats:
+                row.formats[name] = _stats(FORMATS[name], row, sums[name][i])
         self._lose(formats)
         modules = dict.fromkeys(row.module for row, _, _ in self.rows.values())
         order = {name: i for i, name in enumerate(modules)}
@@ -156,10 +165,10 @@ class _Statistics:
     def __init__(
         self, x: Tensor, peaks: Tensor, sizes: Tensor, limits: list[list[float]]
     ) -> None:
-        self.x, self.count = x.nan_to_num(0.0, 0.0, 0.0), len(limits)
+        self.x, self.count = x.nan_to_num_(0.0, 0.0, 0.0), len(limits)
         self.owner = torch.arange(self.count).repeat_interleave(sizes)
-        magnitude, self.nonzero = self.x.abs(), self.x != 0
-        self.line_amax = magnitude.amax(1)
+        self.magnitude, self.nonzero = self.x.abs(), self.x != 0
+        self.line_amax = self.magnitude.amax(1)
         seen = self._reduce(self.line_amax, "amax")
         pairs = [max(map(abs, pair)) for pair in limits]  # of all numbers, not a sample
         self.amax = [
@@ -167,8 +176,8 @@ class _Statistics:
         ]
         self.peak = torch.tensor(self.amax, dtype=x.dtype)[self.owner]
         self.unit = self.peak.clamp(min=2.0**-1000)[:, None]  # no square underflows
-        self.signal = (self.x / self.unit).square()
-        least = magnitude.masked_fill(~self.nonzero, math.inf).amin(1)
+        self.known = self.sum((self.x / self.unit).square_(), self.nonzero)
+        least = self.magnitude.masked_fill(~self.nonzero, math.inf).amin(1)
         self.least = [
             min(x, a)
             for x, a in zip(self._reduce(least, "amin"), self.amax, strict=True)
@@ -178,52 +187,59 @@ class _Statistics:
         self.is_integer = [
             bool(w) and 1 < a < 2**23 for w, a in zip(whole, self.amax, strict=True)
         ]
-        self.peaks = peaks.nan_to_num(0.0, 0.0, 0.0)
+        self.peaks = peaks.nan_to_num_(0.0, 0.0, 0.0)
         self.histogram = self._count(self.x)
         self.features = self._count(self.peaks)
 
     def _count(self, x: Tensor) -> Tensor:
         bins = HIGH - LOW + 1
-        place = exponents(x).clamp(LOW, HIGH) - LOW + bins * self.owner[:, None]
-        counted = torch.bincount(place[self.nonzero], minlength=bins * self.count)
-        return counted.view(self.count, bins)
+        place = exponents(x).clamp_(LOW, HIGH) + (bins * self.owner[:, None] - LOW)
+        weights = self.nonzero.double().view(-1)
+        counted = torch.bincount(place.view(-1), weights, bins * self.count)
+        return counted.view(self.count, bins).long()
 
     def _reduce(self, lines: Tensor, how: str) -> list[float]:
         start = lines.new_full((self.count,), 0.0 if how == "amax" else math.inf)
         reduced: list[float] = start.scatter_reduce_(0, self.owner, lines, how).tolist()
         return reduced
 
-    def round(self, fmt: Format) -> list[list[float]]:
+    def round(self, fmt: Format) -> Tensor:
         """Round all samples to one format; return its sums for each tensor."""
         if fmt.block is None:
-            y = round_(self.x, fmt)
-            over, kept = y.abs() > fmt.max, round_(self.peaks, fmt)
-            y = y.clamp(-fmt.max, fmt.max)
+            y = round_(self.x, fmt).clamp_(-fmt.max, fmt.max)
+            over, peaks = self.magnitude >= fmt.overflow, self.peaks
         else:
             scale = scales(fmt, self.line_amax if fmt.block else self.peak)[:, None]
-            y = round_(self.x * scale, fmt).clamp(-fmt.max, fmt.max) / scale
-            over, kept = torch.zeros_like(self.nonzero), round_(self.peaks * scale, fmt)
-        noise = ((y - self.x) / self.unit).square()
+            y = round_(self.x * scale, fmt).clamp_(-fmt.max, fmt.max).div_(scale)
+            over, peaks = torch.zeros_like(self.nonzero), self.peaks * scale
         zeroed, changed = (y == 0) & self.nonzero, y != self.x
-        gone = (kept == 0) & self.nonzero
-        columns = self.signal, noise, self.nonzero, zeroed, gone, over, changed
-        return self.sum(*columns)
+        gone = (peaks <= fmt.zero) & self.nonzero
+        noise = y.sub_(self.x).div_(self.unit).square_()
+        sums = self.sum(noise, zeroed, gone, over, changed)
+        return torch.cat([self.known, sums], 1)
 
-    def sum(self, *columns: Tensor) -> list[list[float]]:
+    def sum(self, *columns: Tensor) -> Tensor:
         """Sum over the lines of each tensor."""
         lines = [
             c.sum(1) if c.is_floating_point() else c.count_nonzero(1) for c in columns
         ]
         sums = torch.zeros(self.count, len(lines), dtype=torch.float64)
-        sums.index_add_(0, self.owner, torch.stack([x.double() for x in lines], 1))
-        found: list[list[float]] = sums.tolist()
-        return found
+        return sums.index_add_(
+            0, self.owner, torch.stack([x.double() for x in lines], 1)
+        )
 
 
-def _stats(fmt: Format, row: Row, found: list[list[float]]) -> dict[str, float | None]:
+def _add(x: Tensor, pairs: Tensor) -> list[list[Any]]:
+    """Add up the lines of ``x`` for each row; ``pairs`` are of a row and a line."""
+    row, line = pairs.T
+    sums = x.new_zeros(len(row.unique()), x.shape[1])
+    added: list[list[Any]] = sums.index_add_(0, row, x[line]).tolist()
+    return added
+
+
+def _stats(fmt: Format, row: Row, sums: list[float]) -> dict[str, float | None]:
     """Return the shares of a row from the sums of its tensors."""
-    sums = map(sum, zip(*found, strict=True))
-    signal, noise, nonzero, zeroed, gone, over, changed = sums
+    signal, nonzero, noise, zeroed, gone, over, changed = sums
     share, size = over / max(nonzero, 1), max(math.prod(row.shape), 1)
     if fmt.block is None and row.amax >= fmt.overflow:
         share = max(share, 1 / size)  # it need not be in the sample

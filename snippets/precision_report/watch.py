@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .formats import FORMATS
 from .report import Constant, Row
@@ -52,8 +52,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         result = func(*args, **(kwargs or {}))
-        if not self.watch.is_busy:
-            self.watch.see(func, args, kwargs or {}, result)
+        self.watch.see(func, args, kwargs or {}, result)
         return result
 
 
@@ -66,7 +65,7 @@ class Watch:
         self.samples = Samples()
         self.constants: dict[Constant, None] = {}  # a set in order
         self.notes: list[str] = []
-        self.is_busy = self.is_backward = False
+        self.is_backward = False
         self.handles = ExitStack()
         self.running: list[nn.Module] = []
         self.done = 0
@@ -174,15 +173,14 @@ class Watch:
 
     def show(self, module: nn.Module, kind: str, things: object) -> None:
         """Take the tensors in ``things`` for a module's rows."""
-        self.is_busy = True
         name, layer = self.names[id(module)], type(module).__name__
         for place, tensor in tensors_in(things):
             value = self.value(tensor)
             if kind == "output":
                 self.outputs[name, place] = value
             row = Row(name, kind, place, tuple(tensor.shape), layer=layer)
-            self.take(row, tensor, value)
-        self.is_busy = False
+            with _disable_current_modes():  # these operations are not the model's
+                self.take(row, tensor, value)
 
     def take(self, row: Row, tensor: Tensor, value: Value) -> None:
         """Take a tensor whose numbers are those of ``value``, once."""
@@ -221,7 +219,6 @@ class Watch:
                 value.cast = True
         low = self.is_low(name, ins)
         is_norm = name in _NORMS or name in _NORMS_FP32
-        self.is_busy = True
         for out in outs[:1] if is_norm else outs:  # statistics stay in FP32
             value, storage = Value(low=low), out.untyped_storage()
             self.values[storage._cdata] = weakref.ref(storage), value
@@ -231,7 +228,6 @@ class Watch:
             for number in (*args, *kwargs.values()):
                 if isinstance(number, float) and abs(number) not in _ADAPTIVE:
                     self.weigh(number, name, outs[0], low=low)
-        self.is_busy = False
 
     def is_low(self, name: str, ins: list[tuple[Value, int]]) -> bool:
         """Say whether autocast would have the result in 16 bits."""
