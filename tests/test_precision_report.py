@@ -912,6 +912,30 @@ def test_shares_are_those_of_a_cast(size: tuple[int, ...]) -> None:
         assert stats["sqnr_db"] == pytest.approx(sqnr, abs=0.001 if not error else 6)
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_shares_change_at_the_very_number_where_a_cast_does(name: str) -> None:
+    """The largest that is cast to zero, the smallest that is cast to Inf; and next."""
+    model, fmt, dtype = nn.Linear(64, 1), FORMATS[name], getattr(torch, name)
+    nn.init.zeros_(model.weight)
+    for end, what in ((fmt.zero, "underflow"), (fmt.overflow, "overflow")):
+        for toward in (0.0, end, math.inf):
+            x = torch.nextafter(torch.tensor(end), torch.tensor(toward)).expand(80, 64)
+            cast = x[0, 0].to(dtype)
+            there = cast == 0 if what == "underflow" else cast.isinf()
+            report = precision_report(model, x, torch.mean, [name])
+            stats = find(report, "", "input").formats[name]
+            assert stats[what] == there.item(), (what, toward)
+            assert stats["features_lost"] == (cast == 0).item(), (what, toward)
+
+
+def test_its_own_operations_are_not_the_models() -> None:
+    """All that is beyond FP16 here goes into or out of a module: nothing is inside."""
+    report = precision_report(Loud(), (X * 1e6, Y), F.mse_loss)
+
+    assert find(report, "norm", "input").amax > 65504
+    assert not [row for row in report.rows if row.kind == "inside"], str(report)
+
+
 def test_fp8_shares_are_the_emulators() -> None:
     """Per-tensor current scaling of an input, as the emulator does it."""
     x = data(64, 64) * torch.exp2(40 * torch.rand(64, 64) - 30)

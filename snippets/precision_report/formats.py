@@ -87,9 +87,8 @@ def exponents(x: Tensor) -> Tensor:
 def round_(x: Tensor, fmt: Format) -> Tensor:
     """Round float64 to nearest, ties to even, as if there were no largest number."""
     power = (x.view(torch.int64) & 2047 << 52).view(torch.float64)  # mantissa is 0
-    quantum = power.clamp_(2.0**fmt.min_exponent, 2.0**1023).mul_(
-        2.0**-fmt.mantissa_bits
-    )
+    quantum = power.clamp_(2.0**fmt.min_exponent, 2.0**1023)
+    quantum *= 2.0**-fmt.mantissa_bits
     return (x / quantum).round_().mul_(quantum)
 
 

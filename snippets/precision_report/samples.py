@@ -223,10 +223,8 @@ class _Statistics:
         lines = [
             c.sum(1) if c.is_floating_point() else c.count_nonzero(1) for c in columns
         ]
-        sums = torch.zeros(self.count, len(lines), dtype=torch.float64)
-        return sums.index_add_(
-            0, self.owner, torch.stack([x.double() for x in lines], 1)
-        )
+        table = torch.stack([x.double() for x in lines], 1)
+        return table.new_zeros(self.count, len(lines)).index_add_(0, self.owner, table)
 
 
 def _add(x: Tensor, pairs: Tensor) -> list[list[Any]]:
