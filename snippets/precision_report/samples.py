@@ -17,6 +17,7 @@ from .report import HIGH, KINDS, LOW, Row
 
 BLOCK, BLOCKS = 32, 128  # numbers in a row, and rows, in a sample
 _CHANNELS = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")
+GROUP = 16  # samples are rounded at once, half a megabyte: it fits in a cache
 CALLS = 4  # of a module that are sampled; of all others the amax is taken
 
 
@@ -107,31 +108,31 @@ class Samples:
     def close(self, formats: tuple[str, ...]) -> tuple[list[Row], list[list[float]]]:
         """Round all samples to all formats; return the rows, and all limits."""
         limits: list[list[float]] = gather(self.limits).tolist()
-        places = {limit: i for i, limit in enumerate(self.picked)}
-        sample = gather(list(self.picked.values()))
-        peaks = gather(list(self.peaks.values()))
-        sizes = torch.tensor([len(x) for x in self.picked.values()])
-        stats = _Statistics(sample, peaks, sizes, [limits[limit] for limit in places])
+        places = {at: i for i, at in enumerate(self.picked)}
+        parts: dict[str, list[Tensor]] = {}
+        for i in range(0, len(places), GROUP):
+            stats = _Statistics(self, list(places)[i : i + GROUP], limits)
+            for name, table in stats.tables(formats).items():
+                parts.setdefault(name, []).append(table)
+        facts = torch.cat(parts.pop("facts")).tolist()
         own = [
             [places[at] for at in taken if at in places]
             for _, _, taken in self.rows.values()
         ]
         pairs = torch.tensor([(i, j) for i, mine in enumerate(own) for j in mine])
-        histograms, features = _add(stats.histogram, pairs), _add(stats.features, pairs)
-        sums = {name: _add(stats.round(FORMATS[name]), pairs) for name in formats}
+        sums = {name: _add(torch.cat(tables), pairs) for name, tables in parts.items()}
         for i, (row, value, taken) in enumerate(self.rows.values()):
             row.low = value.low or (
                 value.cast and row.kind not in {"output", "grad_output"}
             )
             row.is_finite = all(math.isfinite(x) for at in taken for x in limits[at])
             others = [max(map(abs, limits[at])) for at in taken[CALLS:]]
-            amaxes = [stats.amax[j] for j in own[i]]
-            row.amax = max(amaxes + [a for a in others if math.isfinite(a)])
-            row.is_index = value.index
-            row.is_integer = all(stats.is_integer[j] for j in own[i])
-            row.histogram, row.features = histograms[i], features[i]
-            least = min((stats.least[j] for j in own[i] if stats.least[j]), default=1.0)
-            row.range_log2 = math.log2(row.amax / least) if row.amax else 0.0
+            amaxes, least, is_integer = zip(*(facts[j] for j in own[i]), strict=True)
+            row.amax = max([*amaxes, *filter(math.isfinite, others)])
+            row.is_index, row.is_integer = value.index, all(is_integer)
+            row.histogram, row.features = sums["histogram"][i], sums["features"][i]
+            smallest = min(filter(None, least), default=1.0)
+            row.range_log2 = math.log2(row.amax / smallest) if row.amax else 0.0
             for name in formats:
                 row.formats[name] = _stats(FORMATS[name], row, sums[name][i])
         self._lose(formats)
@@ -163,18 +164,22 @@ class _Statistics:
     """Samples of tensors, 32 numbers a line, and what is true of them in any format."""
 
     def __init__(
-        self, x: Tensor, peaks: Tensor, sizes: Tensor, limits: list[list[float]]
+        self, samples: Samples, group: list[int], limits: list[list[float]]
     ) -> None:
-        self.x, self.count = x.nan_to_num_(0.0, 0.0, 0.0), len(limits)
+        picked = [samples.picked[at] for at in group]
+        self.x = gather(picked).nan_to_num_(0.0, 0.0, 0.0)
+        self.peaks = gather([samples.peaks[at] for at in group])
+        self.peaks.nan_to_num_(0.0, 0.0, 0.0)
+        self.count, sizes = len(group), torch.tensor([len(x) for x in picked])
         self.owner = torch.arange(self.count).repeat_interleave(sizes)
         self.magnitude, self.nonzero = self.x.abs(), self.x != 0
         self.line_amax = self.magnitude.amax(1)
         seen = self._reduce(self.line_amax, "amax")
-        pairs = [max(map(abs, pair)) for pair in limits]  # of all numbers, not a sample
+        pairs = [max(map(abs, limits[at])) for at in group]  # of all numbers
         self.amax = [
             a if math.isfinite(a) else s for a, s in zip(pairs, seen, strict=True)
         ]
-        self.peak = torch.tensor(self.amax, dtype=x.dtype)[self.owner]
+        self.peak = torch.tensor(self.amax, dtype=torch.float64)[self.owner]
         self.unit = self.peak.clamp(min=2.0**-1000)[:, None]  # no square underflows
         self.known = self.sum((self.x / self.unit).square_(), self.nonzero)
         least = self.magnitude.masked_fill(~self.nonzero, math.inf).amin(1)
@@ -187,9 +192,18 @@ class _Statistics:
         self.is_integer = [
             bool(w) and 1 < a < 2**23 for w, a in zip(whole, self.amax, strict=True)
         ]
-        self.peaks = peaks.nan_to_num_(0.0, 0.0, 0.0)
-        self.histogram = self._count(self.x)
-        self.features = self._count(self.peaks)
+
+    def tables(self, formats: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return a line for each tensor: facts, histograms, and sums by format."""
+        facts = torch.tensor(
+            [self.amax, self.least, self.is_integer], dtype=torch.float64
+        )
+        return {
+            "facts": facts.T,
+            "histogram": self._count(self.x),
+            "features": self._count(self.peaks),
+            **{name: self.round(FORMATS[name]) for name in formats},
+        }
 
     def _count(self, x: Tensor) -> Tensor:
         bins = HIGH - LOW + 1
