@@ -46,14 +46,14 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Four layers that score the next of a thousand words."""
+    """Layers that score the next of a thousand words."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.words = nn.Embedding(1000, 256)
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 4)
-        self.head = nn.Linear(256, 1000)
+        self.words = nn.Embedding(1000, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, layers)
+        self.head = nn.Linear(width, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
         """Score."""
@@ -87,7 +87,8 @@ def models() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
         "mlp 1024": (mlp(1024), torch.randn(256, 1024), classes),
         "cnn": (convolutions(), torch.randn(64, 3, 32, 32), classes[:64]),
         "lstm": (Recurrent(), torch.randn(32, 50, 64), classes[:32]),
-        "transformer": (Transformer(), words[0], words[1]),
+        "transformer": (Transformer(256, 4), words[0], words[1]),
+        "narrow": (Transformer(64, 6), words[0, :, :16], words[1, :, :16]),
     }
 
 
@@ -114,7 +115,8 @@ def measure(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     step_ms = median_ms(step)
     report_ms = median_ms(lambda: precision_report(model, (x, y), cross_entropy))
     found = {"step_ms": step_ms, "report_ms": report_ms, "ratio": report_ms / step_ms}
-    return {name: round(value, 2) for name, value in found.items()}
+    rows = len(precision_report(model, (x, y), cross_entropy).rows)
+    return {"rows": rows} | {name: round(value, 2) for name, value in found.items()}
 
 
 def main() -> None:
