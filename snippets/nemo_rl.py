@@ -8,7 +8,7 @@ Copy this file into your project; it needs only Python.
              reads them. NVIDIA 2026, Megatron-LM, commit d98e8a64: its optimizer's
              settings, and who builds a loss scaler. Qi et al. 2025, arXiv:2510.26788:
              what rollouts in another precision than the training cost.
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -362,8 +362,10 @@ def _check_training(config: _Config, say: _Say) -> None:
         path = f"{_OPTIMIZER}.{key}"
         if get(path) is not MISSING and get(f"{_OPTIMIZER}.fp16") is not True:
             say("warning", path, "is read only with fp16", "remove it")
-    if MISSING not in (norm, clip := get(f"{_OPTIMIZER}.clip_grad")) and clip != norm:
-        text = f"Megatron does not read it and clips at clip_grad={clip!r}"
+    clip = get(f"{_OPTIMIZER}.clip_grad")
+    if MISSING not in (norm, clip) and clip != (0 if norm is None else norm):
+        does = f"clips at clip_grad={clip!r}" if clip else "clips nothing: clip_grad=0"
+        text = f"Megatron does not read it and {does}"
         say("warning", "policy.max_grad_norm", text, "write clip_grad")
     if get(path := f"{_DDP}.grad_reduce_in_fp32") is False and precision in _DTYPES[1:]:
         say("note", path, f"ranks sum gradients in {precision}", "true takes memory")

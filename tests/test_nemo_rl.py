@@ -269,6 +269,27 @@ def test_every_engine_is_compared(backend: str, key: str) -> None:
     assert not judged(changed(cfg))
 
 
+@pytest.mark.parametrize(
+    ("norm", "clip", "text"),
+    [
+        (None, 0, ""),
+        (None, 0.0, ""),
+        (1.0, 1, ""),
+        (1.0, 0, "clips nothing: clip_grad=0"),
+        (None, 1.0, "clips at clip_grad=1.0"),
+        (0.5, 1.0, "clips at clip_grad=1.0"),
+    ],
+)
+def test_clipping_on_megatron_is_clip_grad(
+    norm: object, clip: float, text: str
+) -> None:
+    """DTensor's null and Megatron's 0 are the same: no clipping at all."""
+    cfg = changed({"policy.max_grad_norm": norm, f"{OPTIMIZER}.clip_grad": clip})
+    said = [f.problem for f in check_policy_config(cfg) if f.level == "warning"]
+
+    assert said == ([f"Megatron does not read it and {text}"] if text else [])
+
+
 def test_dtensor_has_neither_a_loss_scaler_nor_fp8() -> None:
     """Megatron has both, where it is told; DTensor has a key without a default."""
     fp16: dict[str, object] = {"policy.precision": "float16"}
