@@ -386,12 +386,17 @@ def _check_rollouts(config: _Config, say: _Say) -> None:
     get, precision = config.get, config.get("policy.precision")
     engines = {"sglang": f"{_GEN}.sglang_cfg.dtype", "vllm": f"{_VLLM}.precision"}
     engines["trtllm"] = f"{_GEN}.trtllm_cfg.precision"
-    path = engines.get(str(get(f"{_GEN}.backend")), f"{_VLLM}.precision")
+    backend = get(f"{_GEN}.backend")
+    if backend == "megatron":
+        return  # it generates with the trainer's own weights
+    path = engines.get(str(backend), engines["vllm"])
     rollout = get(path)
     rollout = {"half": "float16", "float": "float32"}.get(str(rollout), rollout)
     corrected = get(correction := "loss_fn.use_importance_sampling_correction") is True
     where = "write true" if config.whole else "write true; loss_fn was not given"
-    if rollout == "fp8" and not corrected and precision != "fp8":
+    if backend == "dynamo" and rollout not in (MISSING, "bfloat16"):
+        say("error", path, "dynamo generates in bfloat16 only", "write 'bfloat16'")
+    elif rollout == "fp8" and not corrected and precision != "fp8":
         text = "NeMo RL refuses FP8 rollouts without it"
         say("error" if config.whole else "warning", correction, text, where)
     elif rollout in _DTYPES and not corrected:
@@ -399,6 +404,13 @@ def _check_rollouts(config: _Config, say: _Say) -> None:
         if rollout != trained and precision in _DTYPES:
             text = f"rollouts are in {rollout}, the training is in {trained}"
             say("warning", correction, text, where)
+    if path == engines["vllm"]:
+        _check_vllm(config, say, rollout)
+
+
+def _check_vllm(config: _Config, say: _Say, rollout: object) -> None:
+    """Follow NeMo RL's ``models/generation/vllm``; other engines read none of it."""
+    get = config.get
     if get(f"{_GEN}.vllm_kwargs.dtype") is not MISSING:
         text = "vLLM is given its dtype twice, a TypeError"
         say("error", f"{_GEN}.vllm_kwargs.dtype", text, f"it is {_VLLM}.precision")
@@ -412,6 +424,11 @@ def _check_rollouts(config: _Config, say: _Say) -> None:
         if get(f"{_VLLM}.{key}") not in (MISSING, False) and rollout != "fp8":
             text = "without vllm_cfg.precision=fp8 nothing reads it"
             say("warning", f"{_VLLM}.{key}", text, "remove it")
+    for key in ("pow2_weight_scaling_factors", "pow2_activation_scaling_factors"):
+        mx = rollout == "fp8" and get(f"{_VLLM}.is_mx") is True
+        if mx and get(f"{_VLLM}.{key}") is False:
+            text = "MXFP8 (is_mx) has scales of powers of two only"
+            say("error", f"{_VLLM}.{key}", text, "write true")
     head = get(f"{_DTENSOR}.moe_parallelizer.lm_head_precision")
     trainer = _DTENSOR in config.sections and "32" in str(head)
     trainer |= _TRAIN in config.sections and get(f"{_TRAIN}.fp32_lm_head") is True

@@ -269,6 +269,43 @@ def test_every_engine_is_compared(backend: str, key: str) -> None:
     assert not judged(changed(cfg))
 
 
+@pytest.mark.parametrize("backend", ["megatron", "sglang", "trtllm"])
+def test_settings_of_an_engine_that_is_off_are_not_judged(backend: str) -> None:
+    """What an overlay inherits for vLLM does not count where vLLM does not run."""
+    stale = {
+        f"{VLLM}.precision": "fp8",
+        f"{VLLM}.kv_cache_dtype": "fp8",
+        f"{VLLM}.num_last_layers_in_bf16": 2,
+        f"{VLLM}.fp32_lm_head": True,
+        "policy.generation.vllm_kwargs": {"dtype": "float16"},
+    }
+
+    assert judged(changed(stale))
+    assert not judged(changed(stale | {"policy.generation.backend": backend}))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "float16", "auto", "bfloat16"])
+def test_dynamo_generates_in_bfloat16_only(precision: str) -> None:
+    """NeMo RL's DynamoVllmConfig refuses any other precision, corrected or not."""
+    path = f"{VLLM}.precision"
+    dynamo = {"policy.generation.backend": "dynamo", path: precision}
+    refused = set() if precision == "bfloat16" else {("error", path)}
+
+    assert judged(changed(dynamo)) == refused
+    assert judged(changed({**dynamo, CORRECTION: True})) == refused
+
+
+@pytest.mark.parametrize("key", ["weight", "activation"])
+def test_mxfp8_has_scales_of_powers_of_two(key: str) -> None:
+    """NeMo RL raises if one is switched off; blocks without is_mx may do without."""
+    path = f"{VLLM}.pow2_{key}_scaling_factors"
+    fp8: dict[str, object] = {f"{VLLM}.precision": "fp8", CORRECTION: True, path: False}
+
+    assert not judged(changed(fp8))
+    assert judged(changed({**fp8, f"{VLLM}.is_mx": True})) == {("error", path)}
+    assert not judged(changed({**fp8, f"{VLLM}.is_mx": True, path: True}))
+
+
 @pytest.mark.parametrize(
     ("norm", "clip", "text"),
     [
