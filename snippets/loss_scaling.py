@@ -8,7 +8,7 @@ Copy this file into your project; it needs only ``torch`` (2.6 or newer).
              PyTorch 2.13, torch/amp/grad_scaler.py (names, defaults and policy);
              Megatron-LM d98e8a64, megatron/core/optimizer/grad_scaler.py (hysteresis
              and floor) and optimizer.py (ChainedOptimizer: all step or none).
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -198,7 +198,8 @@ class DynamicLossScaler:
                 "scale can cure"
             )
         device = (grads or optimizer.param_groups[0]["params"])[0].device
-        flags = torch.zeros(2, device=device)  # found_inf, has gradients
+        # found_inf, has gradients; float32 whatever the default dtype is
+        flags = torch.zeros(2, dtype=torch.float32, device=device)
         flags[1] = len(grads) > 0
         local = [_local_values(grad) for grad in grads]
         with torch.no_grad():
@@ -206,7 +207,7 @@ class DynamicLossScaler:
                 torch._amp_foreach_non_finite_check_and_unscale_(
                     [values for values in local if values.dtype == dtype],
                     flags[0],
-                    torch.full((), inv_scale, device=device),
+                    torch.full((), inv_scale, dtype=torch.float32, device=device),
                 )
         # A rank without gradients takes part too, or the others would wait for it.
         if self.process_group is not None or _is_distributed():

@@ -240,6 +240,25 @@ def test_gradients_of_every_wide_dtype_are_unscaled_together(
         assert (one.item(), other.item()) == ((1.0, 1.0) if bad else (0.0, 0.5))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    """Libraries set another while they make a model, programs in float64 for good."""
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float32))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    scaler = DynamicLossScaler(init_scale=4.0)
+    torch.set_default_dtype(default)
+    try:
+        for factor in (0.25, math.inf):
+            scaler.scale((factor * weight).sum()).backward()
+            scaler.step(sgd)
+            scaler.update()
+            sgd.zero_grad()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert weight.tolist() == [0.75, 0.75]
+    assert (scaler.found_inf, scaler.get_scale()) == (True, 2.0)
+
+
 def test_gradients_accumulate_scaled_and_are_divided_once() -> None:
     """Two micro-batches with gradient 1 give 2."""
     weight = parameter(0.0)
