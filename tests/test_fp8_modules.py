@@ -259,6 +259,21 @@ def test_weight_gradients_can_go_to_main_grad(
         assert not weight.grad.any()
 
 
+@each_module
+def test_a_frozen_weight_needs_no_main_grad(make: Callable[..., Module]) -> None:
+    """It has no gradient; the input's is that of a layer that fuses nothing."""
+    plain, fused = made(make), made(make, fuse_wgrad_accumulation=True)
+    grads = []
+    for module in (plain, fused):
+        for name in module.weight_names:
+            getattr(module, name).requires_grad_(False)
+        x = batch().requires_grad_()
+        step(module, te.Float8CurrentScaling(), x)
+        grads.append(x.grad)
+
+    assert grads[0] is not None and grads[0].equal(grads[1])
+
+
 # -------------------------------------------------------------- options of a module
 
 

@@ -428,11 +428,13 @@ class TransformerEngineBaseModule(nn.Module):
                 not the region's first module.
 
         Raises:
-            RuntimeError: fused accumulation without ``main_grad``.
+            RuntimeError: fused accumulation without ``main_grad``, and the weight
+                needs a gradient.
         """
         assert self.activation_dtype is not None
         call = Call(self.activation_dtype)
-        if fuse_wgrad_accumulation and torch.is_grad_enabled():
+        trains = weight is not None and weight.requires_grad
+        if fuse_wgrad_accumulation and trains and torch.is_grad_enabled():
             call.main_grad = getattr(weight, "main_grad", None)
             if call.main_grad is None:
                 raise RuntimeError(
