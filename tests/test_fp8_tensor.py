@@ -164,6 +164,19 @@ def test_bytes_of_a_weight(name: str, sets: int) -> None:
     assert sum(found.values()) == sets * (codes + scales)
 
 
+def test_a_quantizer_that_replaces_another_warns() -> None:
+    """In Transformer Engine's words: a history of another length brings a new one."""
+    with te.quantized_model_init(recipe=te.DelayedScaling(amax_history_len=1024)):
+        layer = te.Linear(32, 32)
+    words = "Quantizer is being updated, this may affect model behavior"
+    with (
+        te.autocast(recipe=te.DelayedScaling(amax_history_len=1)),
+        pytest.warns(UserWarning, match=words),
+    ):
+        layer(torch.randn(32, 32))
+    assert weight_of(layer).quantizer is layer.quantizers["scaling_fwd"][1]
+
+
 def test_another_recipe_is_refused() -> None:
     """In Transformer Engine's words, before anything is computed."""
     layer = made("mxfp8")

@@ -282,12 +282,17 @@ class TransformerEngineBaseModule(nn.Module):
             dtype = self.quantizers[key][0].dtype  # type: ignore[attr-defined]
             self.quantizers[key] = state.quantizers(dtype)
             if key == "scaling_fwd":
-                self._renew_weight_quantizers()
+                self._renew_weight_quantizers(warn=True)
 
-    def _renew_weight_quantizers(self) -> None:
+    def _renew_weight_quantizers(self, warn: bool = False) -> None:
         for name in self.weight_names:
             weight, index = getattr(self, name), self._init_methods[name][1]
             if isinstance(weight, QuantizedTensor) and index is not None:
+                if warn and weight.quantizer is not None:
+                    warnings.warn(
+                        "Quantizer is being updated, this may affect model behavior",
+                        stacklevel=2,
+                    )
                 weight.quantizer = self.quantizers["scaling_fwd"][index]
 
     # ------------------------------------------------------------------- one call
