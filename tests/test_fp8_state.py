@@ -206,6 +206,40 @@ def test_deprecated_names_warn_and_work(engine: Any, name: str) -> None:  # noqa
         assert caught[0].filename == __file__
 
 
+@each
+def test_the_manager_answers_what_transformer_engine_s_does(engine: Any) -> None:  # noqa: ANN401
+    """Names of states, availability, and the active region to save and restore."""
+    manager = engine.FP8GlobalStateManager
+    assert manager.get_meta_tensor_key() == "scaling_fwd"
+    assert manager.get_meta_tensor_key(forward=False) == "scaling_bwd"
+    assert manager.get_fwd_bwd_key(forward=True) == "forward"
+    assert manager.get_fwd_bwd_key(forward=False) == "backward"
+    assert manager.get_buffer_info() == "buffer_index_and_autocast_key"
+    outside = manager.get_autocast_state()
+    recipe = engine.Float8CurrentScaling()
+    with engine.autocast(recipe=recipe):
+        inside = manager.get_autocast_state()
+        assert inside[:5] == (True, False, recipe, None, True)
+        manager.set_autocast_state(outside)
+        assert not manager.is_fp8_enabled()
+        manager.set_autocast_state(inside)
+        assert manager.is_fp8_enabled()
+        assert manager.is_first_fp8_module()
+    assert manager.get_autocast_state() == outside
+
+
+def test_the_manager_tells_availability_with_its_reason() -> None:
+    """Like the functions, always with the reason."""
+    with fp8.emulated_device((9, 0)):
+        manager = fp8.FP8GlobalStateManager
+        assert manager.is_fp8_available() == fp8.is_fp8_available(return_reason=True)
+        assert manager.is_fp8_block_scaling_available() == (True, "")
+        mxfp8, nvfp4 = manager.is_mxfp8_available(), manager.is_nvfp4_available()
+    assert (mxfp8[0], nvfp4[0]) == (False, False)
+    assert "MXFP8" in mxfp8[1] and "NVFP4" in nvfp4[1]
+    assert not fp8.FP8GlobalStateManager.fp8_graph_capturing()
+
+
 def test_what_is_no_recipe_is_refused_before_anything_changes() -> None:
     """Theirs takes anything and fails in the first layer."""
     before = flags(OURS)

@@ -247,6 +247,72 @@ class FP8GlobalStateManager:
         cls._registered.clear()
 
     @classmethod
+    def is_fp8_available(cls) -> tuple[bool, str]:
+        """Say whether FP8 runs, and why not; the next three say it of a recipe."""
+        return _fp8_support()
+
+    @classmethod
+    def is_mxfp8_available(cls) -> tuple[bool, str]:
+        """Say whether the MXFP8 recipe runs, and why not."""
+        return _mxfp8_support()
+
+    @classmethod
+    def is_fp8_block_scaling_available(cls) -> tuple[bool, str]:
+        """Say whether block scaling runs, and why not."""
+        return _block_support()
+
+    @classmethod
+    def is_nvfp4_available(cls) -> tuple[bool, str]:
+        """Say whether the NVFP4 recipe runs, and why not."""
+        return _nvfp4_support()
+
+    @staticmethod
+    def get_meta_tensor_key(forward: bool = True) -> str:
+        """Return the key of a module's state of one pass in its ``fp8_meta``."""
+        return "scaling_fwd" if forward else "scaling_bwd"
+
+    @staticmethod
+    def get_fwd_bwd_key(forward: bool = True) -> str:
+        """Return the name of a pass."""
+        return "forward" if forward else "backward"
+
+    @classmethod
+    def get_buffer_info(cls) -> str:
+        """Return the key that a graphed module has in ``fp8_meta``; none has it here."""
+        return "buffer_index_and_autocast_key"
+
+    @classmethod
+    def fp8_graph_capturing(cls) -> bool:
+        """Return False: there are no CUDA graphs here."""
+        return False
+
+    @classmethod
+    def get_autocast_state(cls) -> tuple[Any, ...]:
+        """Return what :meth:`set_autocast_state` takes to go back to this region."""
+        state = cls.quantization_state
+        return (
+            state.fp8_enabled,
+            state.fp8_calibration,
+            state.fp8_recipe,
+            state.fp8_distributed_group,
+            state.is_first_fp8_module,
+            False,  # Transformer Engine's fp8_graph_capturing
+        )
+
+    @classmethod
+    def set_autocast_state(cls, state: tuple[Any, ...]) -> None:
+        """Restore what :meth:`get_autocast_state` returned."""
+        now = cls.quantization_state
+        (
+            now.fp8_enabled,
+            now.fp8_calibration,
+            now.fp8_recipe,
+            now.fp8_distributed_group,
+            now.is_first_fp8_module,
+            _,
+        ) = state
+
+    @classmethod
     def is_fp8_enabled(cls) -> bool:
         """Say whether an enabled ``autocast`` is active."""
         return cls.quantization_state.fp8_enabled
@@ -460,14 +526,7 @@ class autocast:
                 "autocast context manager cannot be entered more than once concurrently"
             )
         _check_recipe_support(self._recipe, self._enabled)
-        state = FP8GlobalStateManager.quantization_state
-        saved = (
-            state.fp8_enabled,
-            state.fp8_calibration,
-            state.fp8_recipe,
-            state.fp8_distributed_group,
-            state.is_first_fp8_module,
-        )
+        saved = FP8GlobalStateManager.get_autocast_state()
         FP8GlobalStateManager.autocast_enter(
             self._enabled, self._calibrating, self._recipe, self._group
         )
@@ -483,14 +542,7 @@ class autocast:
         """Leave the region and restore the one around it."""
         saved, self._saved = self._saved, None
         assert saved is not None
-        state = FP8GlobalStateManager.quantization_state
-        (
-            state.fp8_enabled,
-            state.fp8_calibration,
-            state.fp8_recipe,
-            state.fp8_distributed_group,
-            state.is_first_fp8_module,
-        ) = saved
+        FP8GlobalStateManager.set_autocast_state(saved)
         FP8GlobalStateManager.autocast_exit(self._enabled)
 
 
