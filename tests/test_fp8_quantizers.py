@@ -1,5 +1,7 @@
 """Tests of snippets/fp8/quantizers.py: which quantizer each slot of a module gets."""
 
+import ast
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -204,11 +206,87 @@ def test_what_a_custom_recipe_may_not_return(
 def test_element_types() -> None:
     """Named as in Transformer Engine; others than those of a format are refused."""
     theirs = te_source.load("pytorch.constants").DType
-    assert {kind.name for kind in te.DType} <= set(theirs.__members__)
+    assert [kind.name for kind in te.DType] == list(theirs.__members__)
+    # transformer_engine.h, NVTEDType: their numbers, which checkpoints hold
+    assert [int(kind) for kind in te.DType] == [0, 2, 4, 5, 6, 7, 8, 10]
+    assert te.DType.cast(7) is te.DType.kFloat8E4M3
     with pytest.raises(ValueError, match=r"must be DType\.kFloat8E4M3 or"):
         te.MXFP8Quantizer(te.DType.kFloat4E2M1)
     with pytest.raises(ValueError, match="must be kFloat4E2M1"):
         te.NVFP4Quantizer(te.DType.kFloat8E4M3)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("float8_blockwise_tensor", "Float8BlockQuantizer"),
+        ("float8_tensor", "Float8CurrentScalingQuantizer"),
+        ("float8_tensor", "Float8Quantizer"),
+        ("identity_tensor", "IdentityQuantizer"),
+        ("mxfp8_tensor", "MXFP8Quantizer"),
+        ("nvfp4_tensor", "NVFP4Quantizer"),
+    ],
+)
+def test_quantizers_take_the_arguments_of_transformer_engine_s(
+    module: str, name: str
+) -> None:
+    """Names, order and defaults (the wheel's source)."""
+    path = te_source.folder() / "pytorch" / "tensor" / f"{module}.py"
+    tree = ast.parse(path.read_text())
+    (their_class,) = (
+        n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name
+    )
+    (init,) = (
+        n
+        for n in their_class.body
+        if isinstance(n, ast.FunctionDef) and n.name == "__init__"
+    )
+    positional = [a.arg for a in init.args.args[1:]]
+    names = positional + [a.arg for a in init.args.kwonlyargs]
+    defaults = dict(
+        zip(reversed(positional), reversed(init.args.defaults), strict=False)
+    ) | dict(
+        zip((a.arg for a in init.args.kwonlyargs), init.args.kw_defaults, strict=True)
+    )
+    ours = inspect.signature(getattr(te, name)).parameters
+
+    assert list(ours) == names
+    for argument, default in defaults.items():
+        if isinstance(default, ast.Constant):
+            assert ours[argument].default == default.value, argument
+        elif default is not None:
+            assert ast.unparse(default) == f"DType.{ours[argument].default.name}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"row_scaled_nvfp4": True},
+        {"nvfp4_use_4over6": True},
+        {"with_amax_reduction": True},
+        {"with_random_sign_mask": False},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_of_a_quantizer_that_are_not_emulated(option: dict[str, bool]) -> None:
+    """Refused by name, rather than left out of the numbers."""
+    with pytest.raises(NotImplementedError, match=f"{next(iter(option))}=.* emulated"):
+        te.NVFP4Quantizer(**option)  # type: ignore[arg-type]
+
+
+def test_options_that_transformer_engine_ignores() -> None:
+    """With its warning."""
+    with pytest.warns(DeprecationWarning, match="ignores `use_existing_amax`"):
+        te.Float8CurrentScalingQuantizer(E4M3, "cpu", use_existing_amax=True)
+
+
+def test_an_identity_quantizer_may_cast() -> None:
+    """To its dtype, or to none."""
+    x = torch.randn(16, 16)
+    cast = te.IdentityQuantizer(dtype=torch.bfloat16).quantize(x)
+
+    assert cast.rowwise is not None
+    assert cast.rowwise.codes.equal(x.bfloat16())
 
 
 def test_a_direction_that_was_not_made_is_an_error() -> None:

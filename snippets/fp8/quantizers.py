@@ -15,6 +15,7 @@ SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import enum
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -58,11 +59,25 @@ __all__ = [
 
 
 class DType(enum.IntEnum):
-    """Transformer Engine's tags of element types (those that quantizers take)."""
+    """Transformer Engine's tags of element types; quantizers take the last three."""
 
+    kByte = 0
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
     kFloat4E2M1 = 10
+
+    @classmethod
+    def cast(cls, dtype: int) -> "DType":
+        """Return the tag with this number.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return cls(int(dtype))
 
 
 _TORCH = {
@@ -126,13 +141,29 @@ class Quantizer:
 
 
 class IdentityQuantizer(Quantizer):
-    """Leaves a tensor in high precision, for a slot of a ``CustomRecipe``."""
+    """Leaves a tensor in high precision, for a slot of a ``CustomRecipe``.
+
+    Args:
+        dtype: what to cast a tensor to; None leaves it as it is.
+        rowwise, columnwise: directions of a call.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        rowwise: bool = True,
+        columnwise: bool = True,
+    ) -> None:
+        """Choose the dtype."""
+        super().__init__(rowwise=rowwise, columnwise=columnwise)
+        self.dtype = dtype
 
     def quantize(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
-        """Return ``x`` itself in both directions."""
-        packed = Packed(x)
+        """Return ``x`` itself, or its cast, in both directions."""
+        packed = Packed(x if self.dtype is None else x.to(self.dtype))
         return Quantized(
             x.shape, packed if rowwise else None, packed if columnwise else None
         )
@@ -208,13 +239,27 @@ class Float8CurrentScalingQuantizer(_OneScale):
         *,
         rowwise: bool = True,
         columnwise: bool = True,
+        use_existing_amax: bool = False,
         with_amax_reduction: bool = False,
         amax_reduction_group: Any = None,
         force_pow_2_scales: bool = False,
         amax_epsilon: float = 0.0,
+        scale: Tensor | None = None,
+        amax: Tensor | None = None,
     ) -> None:
-        """Choose the format and how the scale is made."""
+        """Choose the format and how the scale is made.
+
+        ``device``, ``use_existing_amax``, ``scale`` and ``amax`` change nothing, here
+        as in Transformer Engine, which warns of the last three.
+        """
         super().__init__(rowwise=rowwise, columnwise=columnwise)
+        if use_existing_amax or scale is not None or amax is not None:
+            warnings.warn(
+                "Float8CurrentScalingQuantizer ignores `use_existing_amax`, `scale`, "
+                "and `amax`; kept for backward compatibility and will be removed.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         self.dtype = _format(fp8_dtype)
         self.with_amax_reduction = with_amax_reduction
         self.amax_reduction_group = amax_reduction_group
@@ -357,19 +402,45 @@ class NVFP4Quantizer(Quantizer):
         fp4_dtype: DType = DType.kFloat4E2M1,
         rowwise: bool = True,
         columnwise: bool = True,
+        with_amax_reduction: bool = False,
+        amax_reduction_group: Any = None,
         with_rht: bool = False,
+        with_post_rht_amax: bool = False,
         with_2d_quantization: bool = False,
         stochastic_rounding: bool = False,
+        row_scaled_nvfp4: bool = False,
+        nvfp4_use_4over6: bool = False,
+        nvfp4_e4m3_max: int = 448,
+        nvfp4_4over6_err_mode: str = "MAE",
+        with_random_sign_mask: bool = True,
     ) -> None:
         """Choose what is done on the way.
 
+        With ``with_rht`` amax is that of the transformed tensor, whatever
+        ``with_post_rht_amax`` says: Transformer Engine has no kernel for the other.
+        ``nvfp4_e4m3_max`` and ``nvfp4_4over6_err_mode`` belong to 4-over-6, and
+        ``amax_reduction_group`` to the reduction; neither is emulated.
+
         Raises:
             ValueError: another format than E2M1.
+            NotImplementedError: an option that is not emulated.
         """
+        for name, value, default in (
+            ("with_amax_reduction", with_amax_reduction, False),
+            ("row_scaled_nvfp4", row_scaled_nvfp4, False),
+            ("nvfp4_use_4over6", nvfp4_use_4over6, False),
+            ("with_random_sign_mask", with_random_sign_mask, True),
+        ):
+            if value != default:
+                raise NotImplementedError(
+                    f"NVFP4Quantizer({name}={value}) is not emulated; leave it at "
+                    f"{default}."
+                )
         super().__init__(rowwise=rowwise, columnwise=columnwise)
         if fp4_dtype != DType.kFloat4E2M1:
             raise ValueError(f"fp4_dtype is {fp4_dtype!r}, it must be kFloat4E2M1.")
         self.with_rht = with_rht
+        self.with_post_rht_amax = with_post_rht_amax
         self.with_2d_quantization = with_2d_quantization
         self.stochastic_rounding = stochastic_rounding
 
@@ -536,6 +607,7 @@ def _nvfp4(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
     params = _params(recipe, "fp4", kind)
     return NVFP4Quantizer(
         with_rht=params.random_hadamard_transform,
+        with_post_rht_amax=params.random_hadamard_transform,
         with_2d_quantization=params.fp4_2d_quantization,
         stochastic_rounding=params.stochastic_rounding,
     )
