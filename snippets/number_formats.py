@@ -178,7 +178,7 @@ def encode(
         generator: For "stochastic": one number an element is drawn, in logical order.
 
     A wrong dtype is a TypeError; unknown names, a ``generator`` without "stochastic",
-    and NaN or "ieee" in a format that has no NaN are a ValueError.
+    and "ieee", NaN or what becomes NaN in a format without one are a ValueError.
 
     Example:
         >>> encode(torch.tensor([1.0, 0.3, -1e6]), "float8_e4m3fn").tolist()
@@ -192,6 +192,8 @@ def encode(
     if fmt.nan_encoding is None:
         _need(overflow == "saturate", f"{fmt.name} has no Inf or NaN: use 'saturate'")
         _need(not x.isnan().any(), f"{fmt.name} has no NaN, but x has")
+        fits = fmt.has_sign or not (x < 0).any()
+        _need(fits, f"{fmt.name} has neither a sign nor NaN, but x is negative")
 
     def encode_part(x: Tensor) -> Tensor:
         nan, negative, (rank, fraction) = x.isnan(), x.signbit(), _place(x, fmt)
@@ -311,7 +313,7 @@ def finfo(fmt: FloatFormat | str) -> SimpleNamespace:
     ranks = [last, 1 << fmt.mantissa_bits, max(fmt.first_rank, 1)]
     largest, normal, least = _value(torch.tensor(ranks), fmt).tolist()
     info = SimpleNamespace(bits=fmt.bits, eps=2.0**-fmt.mantissa_bits, max=largest)
-    info.min = -largest if fmt.has_sign else least
+    info.min = -largest if fmt.has_sign else 0.0 if fmt.has_zero else least
     info.smallest_normal, info.smallest_subnormal = normal, least
     return info
 

@@ -315,6 +315,25 @@ def test_e8m0_has_neither_sign_nor_zero() -> None:
     assert neighbours(-5.0, "float8_e8m0fnu")[1].item() == 2.0**-127
 
 
+@pytest.mark.parametrize("nan", ["ieee", "all_ones", None])
+def test_a_format_without_a_sign_can_have_zero(nan: str | None) -> None:
+    """It is the smallest number, and -0 becomes it; nothing else negative does."""
+    fmt = FloatFormat("ue4m3", 4, 3, 7, nan == "ieee", nan, has_sign=False)
+    values = table(fmt)
+    info = finfo(fmt)
+    assert info.min == values[values.isfinite()].min().item() == 0.0
+    assert info.smallest_subnormal == 2.0**-9
+    for rounding in ("nearest", "toward_zero", "up", "down", "stochastic"):
+        assert encode(torch.tensor([0.0, -0.0]), fmt, rounding).tolist() == [0, 0]
+        low = torch.tensor([-1.0, -INF, -5e-324], dtype=F64)
+        if nan:
+            assert encode(low, fmt, rounding).tolist() == [fmt.nan_code] * 3
+            continue
+        for x in low:
+            with pytest.raises(ValueError, match="has neither a sign nor NaN"):
+                encode(x, fmt, rounding)
+
+
 # Stochastic rounding.
 
 
