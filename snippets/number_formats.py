@@ -18,6 +18,7 @@ every value of every format: written to check others against, not for speed.
 SPDX-License-Identifier: Apache-2.0
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -45,7 +46,8 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _choose(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    close = get_close_matches(str(value).lower(), list(filter(None, allowed)), n=1)
+    meant = re.sub("^fp", "float", str(value).lower())
+    close = get_close_matches(meant, list(filter(None, allowed)), n=1, cutoff=0.45)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     _need(value in allowed, f"{name} must be one of {allowed}, got {value!r}{hint}")
 
@@ -85,6 +87,8 @@ class FloatFormat:
     def __post_init__(self) -> None:
         _choose("nan_encoding", self.nan_encoding, _NANS)
         ieee, no_sign = self.has_inf, not (self.has_sign and self.has_zero)
+        counts = self.exponent_bits, self.mantissa_bits, self.bias
+        _need(all(type(n) is int for n in counts), f"bits and bias are int: {self}")
         for needed, there in {
             "2 to 11 exponent bits": 2 <= self.exponent_bits <= 11,
             "0 to 52 mantissa bits": 0 <= self.mantissa_bits <= _MANTISSA,
@@ -414,9 +418,11 @@ def dequantize_blocks(blocks: Blocks, fmt: BlockFormat | str) -> Tensor:
     """
     fmt, (codes, scales, amax) = _named(fmt, BLOCK_FORMATS), blocks
     reach = _limits(fmt)[1]
-    fits = [*scales.shape[:-1], scales.shape[-1] * fmt.block_size] == [*codes.shape]
+    shape = [*scales.shape[:-1], *(k * fmt.block_size for k in scales.shape[-1:])]
+    fits = scales.dim() > 0 and shape == [*codes.shape]
     got = f"codes {[*codes.shape]}, scales {[*scales.shape]}, amax {amax}"
-    fits &= fmt.scale.has_zero == (amax is not None)
+    single = isinstance(amax, Tensor) and amax.numel() == 1
+    fits &= single if fmt.scale.has_zero else amax is None
     _need(fits, f"these are not blocks of {fmt.name}: {got}")
     tiles = decode(codes, fmt.element).reshape(*scales.shape, fmt.block_size)
     factor = decode(scales, fmt.scale).unsqueeze(-1)
@@ -486,7 +492,8 @@ def _float64(x: Tensor | float) -> Tensor:
 
 def _codes(codes: Tensor, fmt: FloatFormat) -> Tensor:
     got = getattr(codes, "dtype", type(codes).__name__)
-    if not isinstance(got, torch.dtype) or got.is_floating_point or got == torch.bool:
+    whole = isinstance(got, torch.dtype) and not got.is_floating_point
+    if not whole or got == torch.bool or codes.is_complex():
         raise TypeError(f"codes must be a tensor of integers, got {got}")
     codes = codes.long()
     bad = codes[(codes >> min(fmt.bits, 63) != 0) & (fmt.bits < 64)].tolist()

@@ -751,10 +751,12 @@ X = torch.ones(32)
         (call(encode, X, "float8_e4m3f"), ValueError, "did you mean 'float8_e4m3fn'"),
         (call(encode, X, "BFloat16"), ValueError, "did you mean 'bfloat16'"),
         (
-            call(decode, X.long(), "fp7"),
+            call(decode, X.long(), "int7"),
             ValueError,
-            "fmt must be one of .*, got 'fp7'$",
+            "fmt must be one of .*, got 'int7'$",
         ),
+        (call(encode, X, "fp32"), ValueError, "did you mean 'float32'"),
+        (call(encode, X, "e4m3"), ValueError, "did you mean 'float8_e4m3fn'"),
         (call(encode, X, "tf32", "nearst"), ValueError, "mean 'nearest'"),
         (call(encode, X, "tf32", overflow="ieeee"), ValueError, "mean 'ieee'"),
         (call(encode, X, None), ValueError, "got None"),
@@ -785,6 +787,8 @@ X = torch.ones(32)
         ),
         (call(decode, X, "tf32"), TypeError, "integers, got torch.float32"),
         (call(decode, 3, "tf32"), TypeError, "integers, got int"),
+        (call(decode, X.bool(), "tf32"), TypeError, "integers, got torch.bool"),
+        (call(decode, X * 1j, "tf32"), TypeError, "integers, got torch.complex64"),
         (
             call(decode, torch.tensor([3, 256]), "float8_e5m2"),
             ValueError,
@@ -813,6 +817,25 @@ X = torch.ones(32)
             ),
             ValueError,
             "not blocks of mxfp4",
+        ),
+        (
+            call(
+                dequantize_blocks,
+                Blocks(torch.tensor(1), torch.tensor(1)),
+                "mxfp4",
+            ),
+            ValueError,
+            r"not blocks of mxfp4: codes \[\], scales \[\]",
+        ),
+        # One amax an element fits by broadcasting, and is not of this format.
+        (
+            call(
+                dequantize_blocks,
+                quantize_blocks(X[:16], "nvfp4")._replace(amax=X[:16]),
+                "nvfp4",
+            ),
+            ValueError,
+            "not blocks of nvfp4",
         ),
         (call(encode, X, BLOCK_FORMATS["mxfp4"]), ValueError, "got BlockFormat"),
         (call(quantize_blocks, X, FORMATS["tf32"]), ValueError, "got FloatFormat"),
@@ -857,6 +880,17 @@ X = torch.ones(32)
             ValueError,
             "float32 does not hold the largest element times scale",
         ),
+        (
+            call(
+                encode,
+                torch.tensor([1.0, -1.0]),
+                FloatFormat("ue3m3", 3, 3, 3, has_sign=False),
+            ),
+            ValueError,
+            "ue3m3 has neither a sign nor NaN, but x is negative",
+        ),
+        (call(FloatFormat, "x", 4, 3, 7.5), ValueError, "bits and bias are int"),
+        (call(FloatFormat, "x", "4", 3, 7), ValueError, "bits and bias are int"),
         (call(FloatFormat, "x", 1, 2, 3), ValueError, "needs 2 to 11 exponent bits"),
         (call(FloatFormat, "x", 12, 2, 3), ValueError, "needs 2 to 11 exponent bits"),
         (call(FloatFormat, "x", 4, -1, 3), ValueError, "needs 0 to 52 mantissa bits"),
