@@ -249,7 +249,8 @@ def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
     torch.set_default_dtype(default)
     try:
         for factor in (0.25, math.inf):
-            scaler.scale((factor * weight).sum()).backward()
+            loss: Any = scaler.scale((factor * weight).sum())
+            loss.backward()
             scaler.step(sgd)
             scaler.update()
             sgd.zero_grad()
