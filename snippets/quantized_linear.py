@@ -54,11 +54,12 @@ def _need(condition: bool, message: str, error: type[Exception] = ValueError) ->
 
 
 def _choose(name: str, value: object, allowed: Collection[object]) -> None:
-    good = any(type(a) is type(value) and a == value for a in allowed)
+    if any(type(a) is type(value) and a == value for a in allowed):
+        return
     names = [a for a in allowed if isinstance(a, str)]
     near = get_close_matches(str(value), names, 1, 0)  # the nearest, however far
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    _need(good, f"{name} must be one of {tuple(allowed)}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}{hint}")
 
 
 def _check_values(x: Tensor) -> None:
