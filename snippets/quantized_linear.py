@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
@@ -40,7 +39,11 @@ _NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 _FP4 = [sign * v for sign in (1, -1) for v in (0, 1 / 16, 8, 12, 4, 6, 2, 3)]
-CODEBOOKS = {"nf4": torch.tensor(_NF4), "fp4": torch.tensor(_FP4).div(12)}  # by code
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # no set default's
+CODEBOOKS = {
+    "nf4": torch.tensor(_NF4, **_PLAIN),  # by code
+    "fp4": torch.tensor(_FP4, **_PLAIN).div(12),
+}
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 2**20  # values at a time: what is between the steps stays in the cache
@@ -82,7 +85,7 @@ class DoubleQuantized(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """Return the absmax of each 4-bit block, in float32."""
-        values = _dynamic_codebook().to(self.codes.device)[self.codes.int()]
+        values = _DYNAMIC.to(self.codes.device)[self.codes.int()]
         scales = self.absmax.repeat_interleave(256)[: len(values)]
         return values.mul_(scales).add_(self.offset)
 
@@ -195,13 +198,15 @@ def dequantize_4bit(
     return out[:numel].view(*shape)
 
 
-@cache
 def _dynamic_codebook() -> Tensor:
     """Return 0, 1, and ± the middles of 2**i equal parts of the decade i - 6."""
-    edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+    edges = [torch.linspace(0.1, 1, 2**i + 1, **_PLAIN) for i in range(7)]
     middles = [10 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)]
     found = torch.cat(middles)
-    return torch.cat([-found, found, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([-found, found, torch.tensor([0.0, 1.0], **_PLAIN)]).sort().values
+
+
+_DYNAMIC = _dynamic_codebook()
 
 
 def _quantize_absmax(absmax: Tensor) -> DoubleQuantized:
@@ -211,9 +216,9 @@ def _quantize_absmax(absmax: Tensor) -> DoubleQuantized:
     top = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / top)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5)
     index = scaled.mul_(65535).add_(0.5).nan_to_num_(0).int()  # NaN: 256 zeros
-    book = _dynamic_codebook()
-    steps = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
-    table = torch.bucketize(steps, (book[:-1] + book[1:]) * 0.5).to(torch.uint8)
+    steps = torch.arange(65536, **_PLAIN) * 2 / 65535 - 1
+    middles = (_DYNAMIC[:-1] + _DYNAMIC[1:]) * 0.5
+    table = torch.bucketize(steps, middles).to(torch.uint8)
     codes = table.to(absmax.device)[index]
     return DoubleQuantized(codes.view(-1)[: len(absmax)], top, offset)
 
@@ -463,7 +468,9 @@ class QuantizedLinear(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return the mode and block size as bytes, for the state dict."""
         size = "" if self.mode.startswith("int8") else f", blocks of {self.block_size}"
-        return torch.tensor([*f"{self.mode}{size}".encode()], dtype=torch.uint8)
+        return torch.tensor(
+            [*f"{self.mode}{size}".encode()], dtype=torch.uint8, device="cpu"
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: it was compared before anything was loaded."""

@@ -8,6 +8,9 @@ import json
 import logging
 import math
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
 from typing import Any
@@ -237,6 +240,31 @@ def test_decoding_is_bitsandbytes_own(quant_type: str, double: bool) -> None:
         codes, absmax = quantize_4bit(weight, quant_type, block_size, double)
         got = dequantize_4bit(codes, absmax, (48, 4096), quant_type, block_size, dtype)
         assert same(got + 0, bnb_f.dequantize_4bit(wanted, state) + 0)  # a zero's sign
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_codebooks_are_float32_whatever_the_defaults_are(dtype: str) -> None:
+    """In a program of its own, which imports the file with another dtype and device."""
+    program = f"""
+import torch
+w, default = torch.randn(33, 65), torch.get_default_dtype()
+torch.set_default_dtype(torch.{dtype})
+with torch.device("meta"):
+    from snippets.quantized_linear import *
+    found = [quantize_4bit(w, kind, double_quant=True) for kind in CODEBOOKS]
+    values = [dequantize_4bit(*f, w.shape, kind) for f, kind in zip(found, CODEBOOKS)]
+torch.save((w, found[0][0], found[0][1].codes, *values), "{{}}")
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/found"
+        program = program.replace("{}", file)
+        subprocess.run([sys.executable, "-c", program], check=True)
+        w, codes, nested, *values = torch.load(file)
+    wanted: Any = [quantize_4bit(w, kind, double_quant=True) for kind in TYPES]
+    assert same(codes, wanted[0][0])
+    assert same(nested, wanted[0][1].codes)
+    for value, own, kind in zip(values, wanted, TYPES, strict=True):
+        assert same(value, dequantize_4bit(own[0], own[1], w.shape, kind))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
