@@ -71,6 +71,10 @@ def _check_values(x: Tensor) -> None:
     _need(not x.is_meta, "the meta device holds no values to quantize")
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails where it is empty
+
+
 def _check_threshold(threshold: float) -> None:
     good = 0 <= threshold < math.inf
     _need(good, f"threshold must be 0 or more, and finite, got {threshold}")
@@ -170,7 +174,7 @@ def dequantize_4bit(
     good = codes.dtype == torch.uint8 and dtype.is_floating_point
     _need(good, f"needs uint8 codes, a float dtype: {codes.dtype}, {dtype}", TypeError)
     scales = absmax.dequantize() if isinstance(absmax, DoubleQuantized) else absmax
-    flat = codes.reshape(-1)
+    flat, scales = codes.reshape(-1), scales.reshape(-1)
     shape = [2 * len(flat)] if shape is None else shape
     numel, has = math.prod(shape), [len(flat), scales.numel()]
     wants = [(numel + 1) // 2, -(-numel // block_size)]
@@ -195,7 +199,7 @@ def dequantize_4bit(
             values[full:].mul_(top[-1])
         if values is not part:
             part.copy_(values)
-    return out[:numel].view(*shape)
+    return out[:numel].view([*shape])
 
 
 def _dynamic_codebook() -> Tensor:
@@ -244,7 +248,7 @@ def quantize_int8(
     _check_values(x)
     _need(x.ndim > 0, "a number without dimensions has no rows")
     _check_threshold(threshold)
-    rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = _rows(x.detach())
     columns = None
     if threshold > 0:
         outliers = rows.abs() >= threshold
@@ -271,12 +275,16 @@ def quantize_int8(
 def dequantize_int8(
     codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return codes * absmax / 127 of each row, computed in float32, in ``dtype``."""
+    """Return codes * absmax / 127 of each row, computed in float32, in ``dtype``.
+
+    What float32 cannot hold times 127, and no float16 weight has, becomes Inf.
+    """
     good = codes.dtype == torch.int8 and dtype.is_floating_point
     _need(good, f"needs int8 codes, a float dtype: {codes.dtype}, {dtype}", TypeError)
     has, wants = absmax.numel(), math.prod(codes.shape[:-1])
     _need(has == wants, f"{[*codes.shape]} takes {wants} absmax, got {has}")
-    rows = codes.reshape(wants, -1)
+    _need(codes.ndim > 0, "a number without dimensions has no rows")
+    rows, absmax = _rows(codes), absmax.reshape(-1)
     out = torch.empty_like(rows, dtype=dtype)
     step = max(1, _CHUNK // max(1, rows.shape[-1]))
     for start in range(0, wants, step):
@@ -305,11 +313,11 @@ class _Product(Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer, saved = ctx.layer, ctx.saved_tensors  # type: ignore[attr-defined]
         _, of_x, of_weight, of_bias, *stored = ctx.needs_input_grad  # type: ignore[attr-defined]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = _rows(grad)
         return (
             None,
             grad @ layer._decode(saved, grad.dtype) if of_x else None,
-            rows.t() @ saved[-1].reshape(-1, layer.in_features) if of_weight else None,
+            rows.t() @ _rows(saved[-1]) if of_weight else None,
             rows.sum(0) if of_bias else None,
             *[None] * len(stored),
         )
@@ -438,7 +446,7 @@ class QuantizedLinear(nn.Module):
         if not self.mode.startswith("int8"):
             return F.linear(x, self._decode(stored, x.dtype), bias)
         codes, absmax = stored
-        rows = x.reshape(-1, self.in_features)
+        rows = _rows(x)
         x8, tops, columns = quantize_int8(rows.to(torch.float16), self.threshold)
         if x.device.type == "cpu":
             sums = torch._int_mm(x8, codes.t())

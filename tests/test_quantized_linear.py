@@ -396,6 +396,37 @@ def test_int8_is_bitsandbytes_own(dtype: torch.dtype, threshold: float) -> None:
         )
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,), (2, 0, 3), (0, 0), (), (1,)])
+def test_empty_tensors_and_single_numbers_come_back(shape: tuple[int, ...]) -> None:
+    """In their shape; int8 wants at least one dimension."""
+    x = torch.ones(shape)
+    for double in (False, True):
+        assert same(dequantize_4bit(*quantize_4bit(x, double_quant=double), shape), x)
+    if shape:
+        assert same(dequantize_int8(*quantize_int8(x)[:2]), x)
+
+
+def test_absmax_may_have_the_shape_of_its_rows() -> None:
+    """As a column it once gave values of the wrong rows."""
+    x = hard(2, 3, 64)
+    codes, absmax, _ = quantize_int8(x)
+    wanted = dequantize_int8(codes, absmax)
+    for shape in ((6, 1), (2, 3), (2, 3, 1)):
+        assert same(dequantize_int8(codes, absmax.view(shape)), wanted)
+    four, scales = quantize_4bit(x)
+    assert isinstance(scales, Tensor)
+    wanted = dequantize_4bit(four, scales, x.shape)
+    assert same(dequantize_4bit(four, scales[:, None], x.shape), wanted)
+
+
+def test_int8_beyond_the_largest_float32_over_127_decodes_to_inf() -> None:
+    """The product comes before the division, as in bitsandbytes."""
+    top = torch.finfo(FP32).max
+    for value, finite in ((top / 128, True), (top / 126, False)):
+        codes, absmax, _ = quantize_int8(torch.tensor([[value, 0.0]]))
+        assert bool(dequantize_int8(codes, absmax).isfinite().all()) == finite
+
+
 def test_int8_rounds_to_the_nearest_of_255_signed_steps() -> None:
     """Within half a step of absmax / 127, ties to even, and -128 is never used."""
     x = torch.randn(64, 256)
@@ -498,6 +529,26 @@ def test_any_leading_shape_is_taken_and_int8_sums_are_exact(mode: str) -> None:
         assert torch.allclose(
             layer(x).view(-1, 30).double(), exact + layer.bias, atol=1e-5
         )
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (1, 1), (0, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_without_features_is_still_a_layer(
+    mode: str, sizes: tuple[int, int]
+) -> None:
+    """Forward, backward and its weight, as of ``nn.Linear``."""
+    plain = nn.Linear(*sizes)
+    plain.load_state_dict({k: v * 0 + 1 for k, v in plain.state_dict().items()})
+    layer = QuantizedLinear.from_linear(plain, mode)
+    for rows in (0, 2):
+        x = torch.ones(rows, sizes[0], requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert same(y, plain(x))
+        assert x.grad is not None
+        assert same(x.grad, torch.full_like(x, sizes[1]))
+    assert same(layer.weight, plain.weight)
 
 
 @pytest.mark.parametrize("mode", FOUR)
