@@ -497,9 +497,15 @@ class QuantizedLinear(nn.Module):
             return
         if saved is None and weight is not None:  # that of an nn.Linear
             state_dict = {**state_dict, key: own}
-            fits = weight.shape == (self.out_features, self.in_features)
-            if fits and self.mode != "int8-training":
-                found = self._quantize(state_dict.pop(f"{prefix}weight"))
+            if self.mode != "int8-training":
+                weight = state_dict.pop(f"{prefix}weight")
+                want, got = [self.out_features, self.in_features], [*weight.shape]
+                try:
+                    _need(got == want, f"size mismatch: {got}, in the layer {want}")
+                    found = self._quantize(weight)
+                except (TypeError, ValueError) as error:
+                    args[-1].append(f"{prefix}weight: {error}")
+                    return
                 state_dict |= {prefix + name: tensor for name, tensor in found.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -815,14 +815,27 @@ def test_a_float_checkpoint_is_quantized_as_it_is_loaded(mode: str) -> None:
     target.load_state_dict(source.state_dict())
     wanted = quantize_model(copy.deepcopy(source), mode).state_dict()
     assert all(torch.equal(v, wanted[k]) for k, v in target.state_dict().items())
-    wrong = nn.Linear(8, 9).state_dict()
-    layer = QuantizedLinear.from_linear(nn.Linear(9, 9), mode)
-    with pytest.raises(RuntimeError, match="weight"):
-        layer.load_state_dict(wrong)
-    bad = {k: v * math.nan for k, v in nn.Linear(9, 9).state_dict().items()}
-    if mode != "int8-training":
-        with pytest.raises(ValueError, match="Inf or NaN"):
-            layer.load_state_dict(bad)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_float_checkpoint_that_does_not_fit_is_refused(
+    mode: str, strict: bool
+) -> None:
+    """By the weight's full name, with each reason, and the layer is as it was."""
+    model = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False))
+    quantize_model(model, mode)
+    before = copy.deepcopy(model.state_dict())
+    layers = [nn.Linear(8, 9), nn.Linear(9, 9).double(), bad_linear(math.inf, 9)]
+    reasons = ["size mismatch", "float64", "Inf or NaN"]
+    if mode == "int8-training":  # torch's own loading: casts, and takes what it is
+        layers, reasons = layers[:1], reasons[:1]
+    for layer, reason in zip(layers, reasons, strict=True):
+        saved = {"0.weight": layer.weight, "1.weight": layer.weight}
+        with pytest.raises(RuntimeError, match=reason) as caught:
+            model.load_state_dict(saved, strict=strict)
+        assert str(caught.value).count("weight") >= 2
+        assert all(same(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_checkpoint_of_another_mode_is_refused_unread() -> None:
@@ -854,9 +867,9 @@ def test_a_dtype_is_for_bias_and_decoded_weight_not_for_absmax(mode: str) -> Non
     assert all(b.is_meta for b in layer.buffers())
 
 
-def bad_linear(value: float, dtype: torch.dtype = FP32) -> nn.Linear:
+def bad_linear(value: float, size: int = 64) -> nn.Linear:
     """Make a layer with one weight that is not finite."""
-    linear = nn.Linear(64, 64, dtype=dtype)
+    linear = nn.Linear(size, size)
     with torch.no_grad():
         linear.weight[3, 5] = value
     return linear
