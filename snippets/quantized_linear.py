@@ -370,8 +370,8 @@ class QuantizedLinear(nn.Module):
         plain = type(linear) is nn.Linear and "weight" in linear._parameters
         name = f"{type(linear).__module__}.{type(linear).__name__}"
         _need(plain, f"needs an nn.Linear, not parametrized, got {name}", TypeError)
-        hooks = linear._forward_hooks or linear._forward_pre_hooks
-        _need(not hooks, "the layer has forward hooks, which would be lost")
+        hooks = [k[1:] for k, v in vars(linear).items() if k.endswith("_hooks") and v]
+        _need(not hooks, f"the layer has {', '.join(hooks)}, which would be lost")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.mode, self.block_size, self.threshold = mode, block_size, threshold
         self.training = linear.training

@@ -936,11 +936,13 @@ def test_a_model_with_one_bad_layer_is_left_as_it_was() -> None:
         quantize_model(model)
     assert caught.value.__notes__ == ["in the layer '1'"]
     assert set(kinds(model).values()) == {"float"}
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    model[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="forward hooks, which would be lost"):
-        quantize_model(model)
-    assert set(kinds(model).values()) == {"float"}
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        getattr(model[1], f"register_{kind}_hook")(lambda *_: None)
+        lost = f"has {kind.removeprefix('full_')}_hooks, which would be lost"
+        with pytest.raises(ValueError, match=lost):
+            quantize_model(model)
+        assert set(kinds(model).values()) == {"float"}
 
 
 def test_an_input_with_inf_or_nan_gives_nan_in_its_row_only() -> None:
