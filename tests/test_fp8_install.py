@@ -25,6 +25,7 @@ from lightning.fabric.plugins.precision import transformer_engine as lightning_p
 from lightning_utilities.core.imports import RequirementCache, package_available
 from packaging.requirements import Requirement
 from packaging.version import Version
+from torch import Tensor
 
 from snippets import fp8
 from tests import te_source
@@ -103,6 +104,85 @@ def test_every_way_to_import_gives_the_emulator() -> None:
     assert te.constants.DType is fp8.DType
 
 
+def test_what_programs_ask_besides_layers_and_recipes() -> None:
+    """Availability, formats, initialization and kinds of tensors, at their places."""
+    program = """
+        from transformer_engine.pytorch import Float8Tensor, is_bf16_available
+        from transformer_engine.pytorch.constants import TE_DType
+        from transformer_engine.pytorch.quantization import (
+            check_recipe_support,
+            get_align_size_for_quantization,
+            get_fp8_max,
+            get_fp8_te_dtype,
+            get_fp8_torch_dtype,
+        )
+        from transformer_engine.pytorch.tensor import MXFP8Tensor
+        from transformer_engine.pytorch.utils import (
+            get_device_compute_capability,
+            init_method_normal,
+            scaled_init_method_normal,
+        )
+    """
+    space: dict[str, Any] = {}
+    with fp8.installed():
+        exec(textwrap.dedent(program), space)
+        with pytest.warns(DeprecationWarning, match="float8_tensor is deprecated"):
+            old = importlib.import_module("transformer_engine.pytorch.float8_tensor")
+    assert old.Float8Tensor is space["Float8Tensor"] is fp8.Float8Tensor
+    hybrid, mxfp8 = fp8.DelayedScaling(), fp8.MXFP8BlockScaling()
+    for recipe, forward, wanted in (
+        (hybrid, True, (torch.float8_e4m3fn, fp8.DType.kFloat8E4M3, 448)),
+        (hybrid, False, (torch.float8_e5m2, fp8.DType.kFloat8E5M2, 57344)),
+        (mxfp8, False, (torch.float8_e4m3fn, fp8.DType.kFloat8E4M3, 448)),
+    ):
+        names = ("get_fp8_torch_dtype", "get_fp8_te_dtype", "get_fp8_max")
+        assert tuple(space[name](recipe, forward) for name in names) == wanted
+    align = space["get_align_size_for_quantization"]
+    custom = fp8.CustomRecipe(qfactory=str, quantization_alignment=64)
+    recipes = (hybrid, mxfp8, fp8.NVFP4BlockScaling(), custom)
+    assert [align(recipe) for recipe in recipes] == [16, 32, 128, 64]
+    assert space["TE_DType"][torch.bfloat16] is fp8.DType.kBFloat16
+    assert space["get_device_compute_capability"]() == (9, 0)
+    assert space["is_bf16_available"](return_reason=True) == (True, "")
+    with fp8.emulated_device((7, 5)):
+        assert space["get_device_compute_capability"]() == (7, 5)
+        assert not space["is_bf16_available"]()
+        assert "8.0 or higher" in space["is_bf16_available"](return_reason=True)[1]
+        with pytest.raises(RuntimeError, match=r"8\.9 or higher"):
+            space["check_recipe_support"](hybrid)
+    torch.manual_seed(0)
+    weights = [torch.empty(256, 256) for _ in range(2)]
+    space["init_method_normal"](0.1)(weights[0])
+    space["scaled_init_method_normal"](0.1, 8)(weights[1])
+    deviations = [weight.std().item() for weight in weights]
+    # 65,536 samples: a relative error of 1 / sqrt(2 n), six times
+    assert deviations == pytest.approx([0.1, 0.025], rel=6 / 2**8.5)
+
+
+def test_a_recipe_may_compute_its_scale_by_transformer_engine_s_function() -> None:
+    """`_default_sf_compute` in a callable gives the scale that none gives."""
+
+    def compute(amax: Tensor, scale: Tensor, largest: float, recipe: Any) -> Tensor:  # noqa: ANN401
+        te: Any = importlib.import_module("transformer_engine.pytorch")
+        found: Tensor = te.quantization._default_sf_compute(
+            amax, scale, largest, recipe.margin
+        )
+        return found
+
+    history = torch.tensor([[0.0, 1e-42, 3.0, torch.inf, torch.nan]])
+    scale = torch.full((5,), 2.0)
+    with fp8.installed():
+        recipes = [
+            fp8.DelayedScaling(margin=1, scaling_factor_compute_algo=algo)
+            for algo in (compute, None)
+        ]
+        ours, plain = (
+            fp8.update_delayed_scaling(history, scale, 448.0, recipe)[1]
+            for recipe in recipes
+        )
+    torch.testing.assert_close(ours, plain)
+
+
 def bound_names(tree: ast.Module) -> set[str]:
     """The names that a module's top level binds, its submodules included."""
     names: set[str] = set()
@@ -118,6 +198,7 @@ def bound_names(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize("inner", sorted({*door._HOMES, *door._PASSED_ON}))
 @pytest.mark.filterwarnings("ignore:Using deprecated internal API:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*float8_tensor is deprecated:DeprecationWarning")
 def test_each_module_has_only_names_that_transformer_engine_has_there(
     inner: str,
 ) -> None:

@@ -177,6 +177,25 @@ def test_a_quantizer_that_replaces_another_warns() -> None:
     assert weight_of(layer).quantizer is layer.quantizers["scaling_fwd"][1]
 
 
+def test_each_recipe_has_its_class_of_tensors() -> None:
+    """`isinstance` tells them apart as in Transformer Engine, after a load too."""
+    kinds = {
+        "delayed": te.Float8Tensor,
+        "current": te.Float8Tensor,
+        "block": te.Float8BlockwiseQTensor,
+        "mxfp8": te.MXFP8Tensor,
+        "nvfp4": te.NVFP4Tensor,
+    }
+    for name, kind in kinds.items():
+        weight = weight_of(made(name))
+        file = io.BytesIO()
+        torch.save(weight.detach(), file)
+        file.seek(0)
+        for alike in (weight, weight.detach(), weight.clone(), torch.load(file)):
+            assert type(alike.data) is kind, name
+            assert isinstance(alike, te.QuantizedTensor)
+
+
 def test_another_recipe_is_refused() -> None:
     """In Transformer Engine's words, before anything is computed."""
     layer = made("mxfp8")
@@ -218,6 +237,6 @@ def test_without_quantized_compute_it_warns() -> None:
 def test_what_is_printed() -> None:
     """The kind, not a wall of values."""
     assert repr(weight_of(made("delayed")).detach()) == (
-        "QuantizedTensor(codes=torch.float8_e4m3fn, dtype=torch.bfloat16, "
+        "Float8Tensor(codes=torch.float8_e4m3fn, dtype=torch.bfloat16, "
         "shape=(128, 128))"
     )

@@ -44,6 +44,7 @@ from .quantizers import (
     MXFP8Quantizer,
     NVFP4Quantizer,
     Quantizer,
+    QuantizerRequest,
     QuantizerRole,
 )
 from .recipe import (
@@ -67,13 +68,22 @@ from .state import (
     fp8_autocast,
     fp8_model_init,
     get_default_recipe,
+    get_device_compute_capability,
+    is_bf16_available,
     is_fp8_available,
     is_fp8_block_scaling_available,
     is_mxfp8_available,
     is_nvfp4_available,
     quantized_model_init,
 )
-from .tensor import QuantizedTensor
+from .tensor import (
+    Float8BlockwiseQTensor,
+    Float8Tensor,
+    IdentityTensor,
+    MXFP8Tensor,
+    NVFP4Tensor,
+    QuantizedTensor,
+)
 from .transformer import TransformerLayer
 
 __all__ = [
@@ -85,11 +95,14 @@ __all__ = [
     "FP8GlobalStateManager",
     "Float8BlockQuantizer",
     "Float8BlockScaling",
+    "Float8BlockwiseQTensor",
     "Float8CurrentScaling",
     "Float8CurrentScalingQuantizer",
     "Float8Quantizer",
+    "Float8Tensor",
     "Format",
     "IdentityQuantizer",
+    "IdentityTensor",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",
@@ -97,12 +110,15 @@ __all__ = [
     "MMParams",
     "MXFP8BlockScaling",
     "MXFP8Quantizer",
+    "MXFP8Tensor",
     "MultiheadAttention",
     "NVFP4BlockScaling",
     "NVFP4Quantizer",
+    "NVFP4Tensor",
     "QParams",
     "QuantizedTensor",
     "Quantizer",
+    "QuantizerRequest",
     "QuantizerRole",
     "RMSNorm",
     "Recipe",
@@ -119,8 +135,10 @@ __all__ = [
     "fp8_autocast",
     "fp8_model_init",
     "get_default_recipe",
+    "get_device_compute_capability",
     "install",
     "installed",
+    "is_bf16_available",
     "is_fp8_available",
     "is_fp8_block_scaling_available",
     "is_mxfp8_available",

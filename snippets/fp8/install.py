@@ -75,16 +75,23 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "pytorch.quantization": (
         "DelayedScalingRequest",
         "FP8GlobalStateManager",
+        "QuantizerRequest",
         "QuantizerRole",
+        "_default_sf_compute",
         "autocast",
         "check_fp8_block_scaling_support",
         "check_fp8_support",
         "check_mxfp8_support",
         "check_nvfp4_support",
+        "check_recipe_support",
         "fp8_autocast",
         "fp8_model_init",
+        "get_align_size_for_quantization",
         "get_default_fp8_recipe",
         "get_default_recipe",
+        "get_fp8_max",
+        "get_fp8_te_dtype",
+        "get_fp8_torch_dtype",
         "is_fp8_available",
         "is_fp8_block_scaling_available",
         "is_mxfp8_available",
@@ -92,15 +99,28 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "quantized_model_init",
     ),
     "pytorch.quantized_tensor": ("QuantizedTensor", "Quantizer"),
-    "pytorch.tensor.float8_blockwise_tensor": ("Float8BlockQuantizer",),
+    "pytorch.tensor.float8_blockwise_tensor": (
+        "Float8BlockQuantizer",
+        "Float8BlockwiseQTensor",
+    ),
     "pytorch.tensor.float8_tensor": (
         "Float8CurrentScalingQuantizer",
         "Float8Quantizer",
+        "Float8Tensor",
     ),
-    "pytorch.tensor.identity_tensor": ("IdentityQuantizer",),
-    "pytorch.tensor.mxfp8_tensor": ("MXFP8Quantizer",),
-    "pytorch.tensor.nvfp4_tensor": ("NVFP4Quantizer",),
+    "pytorch.tensor.identity_tensor": ("IdentityQuantizer", "IdentityTensor"),
+    "pytorch.tensor.mxfp8_tensor": ("MXFP8Quantizer", "MXFP8Tensor"),
+    "pytorch.tensor.nvfp4_tensor": ("NVFP4Quantizer", "NVFP4Tensor"),
     "pytorch.transformer": ("TransformerLayer",),
+    "pytorch.utils": (
+        "get_default_init_method",
+        "get_device_compute_capability",
+        "init_method_constant",
+        "init_method_normal",
+        "is_bf16_available",
+        "is_bf16_compatible",
+        "scaled_init_method_normal",
+    ),
 }
 # Where else each name can be had: modules that only pass names on.
 _MODULES = (
@@ -113,17 +133,32 @@ _MODULES = (
 _ATTENTION = ("DotProductAttention", "MultiheadAttention", "RotaryPositionEmbedding")
 _TENSORS = (
     "Float8BlockQuantizer",
+    "Float8BlockwiseQTensor",
     "Float8CurrentScalingQuantizer",
     "Float8Quantizer",
+    "Float8Tensor",
     "IdentityQuantizer",
+    "IdentityTensor",
     "MXFP8Quantizer",
+    "MXFP8Tensor",
     "NVFP4Quantizer",
+    "NVFP4Tensor",
     "QuantizedTensor",
     "Quantizer",
 )
 _INNER = tuple(name for name in _RECIPES if name not in ("MMParams", "QParams"))
-_SUPPORT = tuple(n for n in _HOMES["pytorch.quantization"] if n.startswith("check_"))
-_OLD = ("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init", *_SUPPORT)
+_OLD = (
+    "FP8GlobalStateManager",
+    "_default_sf_compute",
+    "fp8_autocast",
+    "fp8_model_init",
+    "get_default_fp8_recipe",
+    "get_fp8_max",
+    "get_fp8_te_dtype",
+    "get_fp8_torch_dtype",
+    *(n for n in _HOMES["pytorch.quantization"] if n.startswith("check_")),
+)
+_REQUESTS = ("DelayedScalingRequest", "QuantizerRequest", "QuantizerRole")
 _PASSED_ON: dict[str, tuple[str, ...]] = {
     "": (),
     "common": (),
@@ -134,26 +169,33 @@ _PASSED_ON: dict[str, tuple[str, ...]] = {
         "DType",
         "TransformerLayer",
         "checkpoint",
-        *(
-            name
-            for name in _HOMES["pytorch.quantization"]
-            if name
-            not in (*_SUPPORT, "FP8GlobalStateManager", "get_default_fp8_recipe")
-        ),
+        *_REQUESTS,
+        *(name for name in _state.__all__ if name not in _state.NOT_OF_TE),
     ),
     "pytorch.attention": _ATTENTION,
     "pytorch.attention.dot_product_attention": ("DotProductAttention",),
-    "pytorch.fp8": (*_INNER, *_OLD, "get_default_fp8_recipe"),
+    "pytorch.fp8": (*_INNER, *_OLD),
     "pytorch.module": _MODULES,
+    "pytorch.constants": ("TE_DType", "TE_DType_To_Torch"),
+    "pytorch.float8_tensor": ("Float8Tensor",),
     "pytorch.quantization": _INNER,
     "pytorch.tensor": _TENSORS,
 }
-_LATER = ("pytorch.fp8",)  # imported only when asked for: importing it warns
+# Imported only when asked for: importing them warns.
+_LATER = {
+    "pytorch.fp8": "Using deprecated internal API from Transformer Engine. "
+    "transformer_engine.pytorch.fp8 will be removed in a future release.",
+    "pytorch.float8_tensor": "transformer_engine.pytorch.float8_tensor is deprecated "
+    "and will be removed in a future release. Float8Tensor should be imported directly "
+    "through `from transformer_engine.pytorch import Float8Tensor`",
+}
 
 
 def _emulated() -> dict[str, Any]:
     """Return what the emulator offers of Transformer Engine's names."""
-    package = sys.modules[_EMULATOR]
+    files = ("extra_state", "linear", "quantizers", "scaling", "state", "tensor")
+    spaces = [vars(sys.modules[_EMULATOR])]
+    spaces += [vars(sys.modules[f"{_EMULATOR}.{file}"]) for file in files]
     found = {
         "_FormatHelper": _recipe._FormatHelper,
         "check_fp8_block_scaling_support": _state._block_support,
@@ -165,9 +207,12 @@ def _emulated() -> dict[str, Any]:
             f"{_EMULATOR}.base"
         ].TransformerEngineBaseModule,
     }
-    for name in {name for names in _HOMES.values() for name in names}:
-        if name not in found and name in vars(package):
-            found[name] = vars(package)[name]
+    every = (*_HOMES.values(), *_PASSED_ON.values())
+    for name in {name for names in every for name in names} - found.keys():
+        for space in spaces:
+            if name in space:
+                found[name] = space[name]
+                break
     return found
 
 
@@ -520,10 +565,9 @@ class _Loader(importlib.abc.Loader):
                 space[name] = emulated[name]
         if not self.inner:
             space["__version__"] = _VERSION
-        if self.inner == "pytorch.fp8":
+        if self.inner in _LATER:
             warnings.warn(
-                "Using deprecated internal API from Transformer Engine. "
-                "transformer_engine.pytorch.fp8 will be removed in a future release.",
+                _LATER[self.inner],
                 DeprecationWarning,
                 stacklevel=2,  # the frames of the import itself are not counted
             )

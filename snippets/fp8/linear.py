@@ -11,6 +11,7 @@ Copy the folder ``fp8`` into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,14 +34,36 @@ from .tensor import QuantizedTensor
 __all__ = ["Linear"]
 
 
-def normal_init(weight: Tensor) -> None:
-    """Fill with N(0, 0.023), the default of Transformer Engine's weights."""
-    torch.nn.init.normal_(weight, mean=0.0, std=0.023)
+def init_method_normal(sigma: float) -> InitMethod:
+    """Return what fills a weight with N(0, sigma)."""
+
+    def init_(tensor: Tensor) -> Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=sigma)
+
+    return init_
 
 
-def zero_init(bias: Tensor) -> None:
-    """Fill with zeros, the default of its biases."""
-    torch.nn.init.zeros_(bias)
+def scaled_init_method_normal(sigma: float, num_layers: int) -> InitMethod:
+    """Return what fills a weight with N(0, sigma / sqrt(2 num_layers))."""
+    return init_method_normal(sigma / math.sqrt(2.0 * num_layers))
+
+
+def init_method_constant(val: float) -> InitMethod:
+    """Return what fills a weight with ``val``."""
+
+    def init_(tensor: Tensor) -> Tensor:
+        return torch.nn.init.constant_(tensor, val)
+
+    return init_
+
+
+def get_default_init_method() -> InitMethod:
+    """Return what fills a weight if nothing is said: N(0, 0.023)."""
+    return init_method_normal(0.023)
+
+
+normal_init = get_default_init_method()
+zero_init = init_method_constant(0.0)  # the default of biases
 
 
 def split_sizes(

@@ -36,6 +36,7 @@ from .recipe import (
     DelayedScaling,
     Float8BlockScaling,
     Float8CurrentScaling,
+    Format,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     Recipe,
@@ -53,6 +54,7 @@ __all__ = [
     "MXFP8Quantizer",
     "NVFP4Quantizer",
     "Quantizer",
+    "QuantizerRequest",
     "QuantizerRole",
     "make_quantizers",
 ]
@@ -80,14 +82,20 @@ class DType(enum.IntEnum):
         return cls(int(dtype))
 
 
-_TORCH = {
-    DType.kFloat8E4M3: torch.float8_e4m3fn,
-    DType.kFloat8E5M2: torch.float8_e5m2,
+TE_DType = {
+    torch.uint8: DType.kByte,
+    torch.float8_e4m3fn: DType.kFloat8E4M3,
+    torch.float8_e5m2: DType.kFloat8E5M2,
+    torch.int32: DType.kInt32,
+    torch.float32: DType.kFloat32,
+    torch.float16: DType.kFloat16,
+    torch.bfloat16: DType.kBFloat16,
 }
+TE_DType_To_Torch = {tag: dtype for dtype, tag in TE_DType.items()}
 
 
 def _format(dtype: "DType | torch.dtype") -> torch.dtype:
-    found = _TORCH.get(dtype) if isinstance(dtype, DType) else dtype
+    found = TE_DType_To_Torch.get(dtype) if isinstance(dtype, DType) else dtype
     if found not in (torch.float8_e4m3fn, torch.float8_e5m2):
         raise ValueError(
             f"fp8_dtype is {dtype!r}, it must be DType.kFloat8E4M3 or kFloat8E5M2."
@@ -235,7 +243,7 @@ class Float8CurrentScalingQuantizer(_OneScale):
     def __init__(
         self,
         fp8_dtype: DType | torch.dtype,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         *,
         rowwise: bool = True,
         columnwise: bool = True,
@@ -476,10 +484,27 @@ class QuantizerRole:
     tensor_type: str = ""
     name: str = ""
 
+    def __str__(self) -> str:
+        """Name what is known of the slot."""
+        known = [f"{name}={value}" for name, value in vars(self).items() if value]
+        return "|".join(known) or "QuantizerRole()"
+
 
 @dataclasses.dataclass(frozen=True)
-class DelayedScalingRequest:
-    """Asks, from a ``CustomRecipe``, for a delayed-scaling quantizer (not emulated)."""
+class QuantizerRequest:
+    """Asks, from a ``CustomRecipe``, for a quantizer with a state (not emulated)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DelayedScalingRequest(QuantizerRequest):
+    """Asks for one of delayed scaling (not emulated)."""
+
+    fp8_format: Format = Format.HYBRID
+    margin: int = 0
+    amax_history_len: int = 1024
+    amax_compute_algo: str | Callable[..., Any] = "max"
+    scaling_factor_compute_algo: Callable[..., Any] | None = None
+    reduce_amax: bool = True
 
 
 class DelayedScalingState:
@@ -517,9 +542,20 @@ class DelayedScalingState:
         ]
 
 
-def _element(recipe: Recipe, forward: bool) -> torch.dtype:
-    e4m3 = fp8_max_of(recipe, forward) == torch.finfo(torch.float8_e4m3fn).max
+def get_fp8_torch_dtype(fp8_recipe: Recipe, fprop_tensor: bool = True) -> torch.dtype:
+    """Return the element format of forward tensors, or of gradients."""
+    e4m3 = fp8_max_of(fp8_recipe, fprop_tensor) == torch.finfo(torch.float8_e4m3fn).max
     return torch.float8_e4m3fn if e4m3 else torch.float8_e5m2
+
+
+def get_fp8_te_dtype(fp8_recipe: Recipe, fprop_tensor: bool = True) -> DType:
+    """Return the tag of :func:`get_fp8_torch_dtype`."""
+    return TE_DType[get_fp8_torch_dtype(fp8_recipe, fprop_tensor)]
+
+
+def get_fp8_max(fp8_recipe: Recipe, fprop_tensor: bool = True) -> float:
+    """Return the largest number of :func:`get_fp8_torch_dtype`."""
+    return torch.finfo(get_fp8_torch_dtype(fp8_recipe, fprop_tensor)).max
 
 
 def make_quantizers(
@@ -554,7 +590,7 @@ def make_quantizers(
             f"{type(recipe).__name__}(fp8_dpa=..., fp8_mha=...): attention in FP8 is "
             "not emulated."
         )
-    dtype = _element(recipe, forward)
+    dtype = get_fp8_torch_dtype(recipe, forward)
     if isinstance(recipe, DelayedScaling):
         assert state is not None
         return state.quantizers(dtype)
@@ -615,9 +651,9 @@ def _nvfp4(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
 
 def _custom(recipe: CustomRecipe, role: QuantizerRole, slot: int) -> Quantizer:
     made = recipe.qfactory(role)
-    if isinstance(made, DelayedScalingRequest):
+    if isinstance(made, QuantizerRequest):
         raise NotImplementedError(
-            "DelayedScalingRequest from a CustomRecipe is not emulated."
+            f"{type(made).__name__} from a CustomRecipe is not emulated."
         )
     if made is None:
         raise ValueError(

@@ -182,9 +182,16 @@ def _update_unfused(
     rolled[0] = 0.0
     if compute is not None:
         return rolled, compute(amax, scale, fp8_max, recipe).clone()
-    fresh = amax.reciprocal() * fp8_max / 2**recipe.margin
+    return rolled, _default_sf_compute(amax, scale, fp8_max, recipe.margin)
+
+
+def _default_sf_compute(
+    amax: Tensor, scale: Tensor, fp8_max: float, margin: int
+) -> Tensor:
+    """Write the new scale to ``scale`` and return it, as a callable of a recipe may."""
+    fresh = amax.reciprocal() * fp8_max / 2**margin
     fresh = torch.where(amax.isfinite() & (amax > 0), fresh, scale)
-    return rolled, torch.where(fresh.isinf(), FLOAT32_MAX, fresh)
+    return scale.copy_(torch.where(fresh.isinf(), FLOAT32_MAX, fresh))
 
 
 def compute_current_scale(

@@ -42,6 +42,8 @@ __all__ = [
     "fp8_autocast",
     "fp8_model_init",
     "get_default_recipe",
+    "get_device_compute_capability",
+    "is_bf16_available",
     "is_fp8_available",
     "is_fp8_block_scaling_available",
     "is_mxfp8_available",
@@ -49,6 +51,7 @@ __all__ = [
     "quantized_model_init",
 ]
 
+NOT_OF_TE = ("FP8GlobalStateManager", "accumulator", "emulated_device")  # te.<name>
 Accumulator = Literal["fp32", "hopper"]
 _Key = tuple[Any, ...]
 
@@ -185,6 +188,31 @@ def is_nvfp4_available(return_reason: bool = False) -> bool | tuple[bool, str]:
     return _nvfp4_support() if return_reason else _nvfp4_support()[0]
 
 
+def get_device_compute_capability() -> tuple[int, int]:
+    """Return that of the :func:`emulated_device`, without one Hopper's."""
+    return FP8GlobalStateManager.quantization_state.capability or (9, 0)
+
+
+def is_bf16_compatible() -> bool:
+    """Say whether bfloat16 runs: from compute capability 8.0."""
+    return get_device_compute_capability() >= (8, 0)
+
+
+def is_bf16_available(return_reason: bool = False) -> bool | tuple[bool, str]:
+    """Say whether bfloat16 runs, with the reason if it does not."""
+    good = is_bf16_compatible()
+    reason = "BF16 support requires a GPU with compute capability 8.0 or higher."
+    return (good, "" if good else reason) if return_reason else good
+
+
+def get_align_size_for_quantization(recipe: Recipe) -> int:
+    """Return what the rows of a group must be a multiple of."""
+    if recipe.custom():
+        alignment: int = recipe.quantization_alignment  # type: ignore[attr-defined]
+        return alignment
+    return 32 if recipe.mxfp8() else 128 if recipe.nvfp4() else 16
+
+
 def get_default_recipe() -> Recipe:
     """Return the recipe of ``autocast(recipe=None)``: delayed scaling, as on Hopper.
 
@@ -204,8 +232,16 @@ def _check_recipe_support(recipe: Recipe | None, enabled: bool) -> None:
             f"autocast(recipe=...) is a {type(recipe).__name__}, it must be a recipe "
             "such as DelayedScaling()."
         )
-    if not enabled:
-        return
+    if enabled and recipe is not None:
+        check_recipe_support(recipe)
+
+
+def check_recipe_support(recipe: Recipe) -> None:
+    """Do nothing if the recipe runs.
+
+    Raises:
+        RuntimeError: it does not, and why.
+    """
     if torch.compiler.is_compiling() and isinstance(recipe, DelayedScaling):
         raise RuntimeError(
             "DelayedScaling is not supported under torch.compile. Please use other "
@@ -278,7 +314,7 @@ class FP8GlobalStateManager:
 
     @classmethod
     def get_buffer_info(cls) -> str:
-        """Return the key that a graphed module has in ``fp8_meta``; none has it here."""
+        """Return the key that a graphed module has in ``fp8_meta``; here none has."""
         return "buffer_index_and_autocast_key"
 
     @classmethod

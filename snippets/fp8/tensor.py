@@ -21,7 +21,14 @@ from torch.utils._pytree import tree_map
 from .quantized import Packed, Quantized
 from .quantizers import Quantizer
 
-__all__ = ["QuantizedTensor"]
+__all__ = [
+    "Float8BlockwiseQTensor",
+    "Float8Tensor",
+    "IdentityTensor",
+    "MXFP8Tensor",
+    "NVFP4Tensor",
+    "QuantizedTensor",
+]
 
 _aten = torch.ops.aten
 
@@ -54,6 +61,8 @@ class QuantizedTensor(torch.Tensor):
     ) -> "QuantizedTensor":
         packed = quantized.rowwise or quantized.columnwise
         assert packed is not None
+        if cls is QuantizedTensor:
+            cls = _class_of(packed)
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             quantized.shape,
@@ -110,7 +119,7 @@ class QuantizedTensor(torch.Tensor):
         assert packed is not None
         shape = tuple(self.shape)
         codes = packed.codes.dtype
-        return f"QuantizedTensor({codes=}, dtype={self.dtype}, {shape=})"
+        return f"{type(self).__name__}({codes=}, dtype={self.dtype}, {shape=})"
 
     def _alias(self, cell: list[Quantized], dtype: torch.dtype) -> "QuantizedTensor":
         return QuantizedTensor(cell[0], dtype, self.quantizer, cell=cell)
@@ -148,6 +157,37 @@ class QuantizedTensor(torch.Tensor):
         if func is _aten.copy_.default and isinstance(args[0], QuantizedTensor):
             return args[0].quantize_(args[1])
         return _on_values(func, args, kwargs)
+
+
+class Float8Tensor(QuantizedTensor):
+    """A tensor with one scale: of delayed or current scaling."""
+
+
+class Float8BlockwiseQTensor(QuantizedTensor):
+    """A tensor of ``Float8BlockScaling``."""
+
+
+class MXFP8Tensor(QuantizedTensor):
+    """A tensor of ``MXFP8BlockScaling``."""
+
+
+class NVFP4Tensor(QuantizedTensor):
+    """A tensor of ``NVFP4BlockScaling``."""
+
+
+class IdentityTensor(QuantizedTensor):
+    """A tensor that a ``CustomRecipe`` leaves in high precision."""
+
+
+def _class_of(packed: Packed) -> type[QuantizedTensor]:
+    """Return the kind that Transformer Engine's ``isinstance`` tells apart."""
+    if packed.inv_scale is None:
+        return IdentityTensor
+    if packed.codes.dtype == torch.uint8:
+        return NVFP4Tensor
+    if packed.inv_scale.dtype == torch.float8_e8m0fnu:
+        return MXFP8Tensor
+    return Float8BlockwiseQTensor if packed.inv_scale.dim() else Float8Tensor
 
 
 def _on_values(
