@@ -211,7 +211,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse; no parameter has been changed.
-        """
+            TypeError: A parameter has another dtype by now; the same.
+        """  # noqa: DOC502
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -220,6 +221,8 @@ class AdamW8bit(torch.optim.Optimizer):
         pairs = [(p, group) for p, group in pairs if p.grad is not None]
         if any(p.grad.is_sparse for p, _ in pairs):
             raise RuntimeError("AdamW8bit does not support sparse gradients")
+        for p, _ in pairs:  # of a model made .double() since
+            _check_dtype("parameters", p.dtype, *_FLOATS)
         devices = {p.device for p, _ in pairs}
         maps = {device: [_map(k, device) for k in _MOMENTS] for device in devices}
         for p, group in pairs:

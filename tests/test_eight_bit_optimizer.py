@@ -960,6 +960,22 @@ def test_other_dtypes_and_sharded_tensors_are_refused(dtype: torch.dtype) -> Non
         AdamW8bit([])
 
 
+def test_a_model_that_became_float64_is_refused() -> None:
+    """Its updates would be rounded to float32; float16 and bfloat16 go on."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = AdamW8bit(model.parameters(), min_8bit_size=0)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model.to(dtype).zero_grad()
+        model(torch.ones(1, 8, dtype=dtype)).sum().backward()
+        if dtype != torch.float64:
+            optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match=r"parameters must be .*, got torch\.float64"):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {state["step"] for state in optimizer.state.values()} == {2}
+
+
 def test_sparse_gradients_are_refused() -> None:
     """Before any parameter is changed."""
     p, table = nn.Parameter(torch.ones(4)), nn.Embedding(9, 3, sparse=True)
