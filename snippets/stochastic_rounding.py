@@ -12,7 +12,7 @@ weights and moments are all bfloat16 and still receive the smallest updates.
              Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (AdamW);
              Zamirai et al. 2020, arXiv:2010.06192 (both, for BF16 weights);
              Micikevicius et al. 2022, arXiv:2209.05433, section 3 (E4M3, E5M2).
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -94,7 +94,7 @@ def stochastic_round(
         ``dtype``, the shape and device of ``x``. Not differentiable.
 
     Raises:
-        TypeError: ``x`` or ``dtype`` is another dtype.
+        TypeError: ``x`` or ``dtype`` is another dtype, or ``x`` is a DTensor.
         ValueError: ``generator`` is on another device than ``x``.
 
     Example:
@@ -111,6 +111,9 @@ def stochastic_round(
         raise TypeError(msg)
     if dtype not in _FORMATS:
         msg = f"dtype must be one of {tuple(_FORMATS)}, got {dtype}"
+        raise TypeError(msg)
+    if hasattr(x, "to_local"):
+        msg = "x is a DTensor: round x.to_local(), which is this rank's part"
         raise TypeError(msg)
     if generator is not None and generator.device.type != x.device.type:
         msg = f"generator is on {generator.device}, but x is on {x.device}"

@@ -990,6 +990,10 @@ def test_round_refuses_other_dtypes_and_generators() -> None:
     for target in (torch.float32, torch.int8, torch.float8_e8m0fnu):
         with pytest.raises(TypeError, match=f"dtype must be one of .*, got {target}"):
             stochastic_round(x, target)
+    sharded = torch.ones(2)
+    sharded.to_local = lambda: x  # type: ignore[attr-defined]  # as a DTensor has
+    with pytest.raises(TypeError, match=r"x is a DTensor: round x\.to_local\(\)"):
+        stochastic_round(sharded, torch.bfloat16)
     with pytest.raises(ValueError, match="generator is on cpu, but x is on meta"):
         stochastic_round(x.to("meta"), torch.bfloat16, Generator())
 
