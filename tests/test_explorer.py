@@ -1159,6 +1159,22 @@ def test_the_link_can_be_copied(explorer: Explorer) -> None:
     assert address == f"{explorer.home}#x=2%5E-9&format=float8_e4m3fn"
 
 
+@browser_only
+@CLIPBOARD
+def test_an_address_on_its_way_is_not_written_over(explorer: Explorer) -> None:
+    """What is saved between a new address and its event would undo the reader's wish."""
+    explorer.page.evaluate(
+        """() => {
+            location.hash = "#x=7&format=bfloat16";
+            document.querySelector(".hb-explorer__share").click();
+        }"""
+    )
+    explorer.page.get_by_role("button", name="Copied.").wait_for()
+
+    assert explorer.input.input_value() == "7"
+    assert explorer.fragment == "#x=7&format=bfloat16"
+
+
 STATES = [
     "",
     "#x=pi&format=float64",
