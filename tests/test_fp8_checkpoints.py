@@ -28,6 +28,8 @@ def as_its_own(theirs: ModuleType) -> "mock._patch_dict":
 def same(a: Tensor, b: Tensor) -> bool:
     """Compare what two states hold: the bytes of a tensor's file name its address."""
     x, y = load_extra_state(a), load_extra_state(b)
+    assert x is not None
+    assert y is not None
     tensors = [key for key in x if isinstance(x[key], Tensor)]
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in tensors)
 
@@ -151,7 +153,7 @@ def storage_with_an_attack() -> bytes:
     ("data", "match"),
     [
         (b"no pickle", "UnpicklingError"),
-        (pickle.dumps({}), "KeyError: 'recipe'"),
+        (pickle.dumps({"scale_fwd": 1.0}), "KeyError: 'scale_bwd'"),
         (pickle.dumps({"recipe": _Attack()}), "names builtins.eval, which is neither"),
         (storage_with_an_attack(), "weights_only|Weights only"),
     ],
@@ -169,10 +171,64 @@ def test_bytes_that_are_no_state(data: bytes, match: str) -> None:
     assert same(layer.get_extra_state(), before)
 
 
+def _factory(role: object) -> te.Quantizer:
+    return te.IdentityQuantizer()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])  # a class is one string, or two
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"extra_fp8_variables": {"num_gemms": 1}},
+        *(
+            {"recipe": recipe, "extra_fp8_variables": {}}
+            for recipe in (
+                te.Float8CurrentScaling(),
+                te.Float8BlockScaling(),
+                te.MXFP8BlockScaling(),
+                te.NVFP4BlockScaling(),
+                te.CustomRecipe(qfactory=_factory),
+            )
+        ),
+    ],
+    ids=lambda state: type(state.get("recipe")).__name__,
+)
+def test_a_state_that_holds_none_is_left_alone(
+    state: dict[str, Any], protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older releases wrote one for every recipe; it needs no permission either."""
+    with te.installed():
+        data = pickle.dumps(state, protocol)
+    ignored = te_source.load("pytorch._extra_state").should_load_extra_state_pickle
+    assert not ignored(data, "layer")
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "0")
+    layer = te.Linear(16, 16)
+    layer.set_extra_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    assert "recipe" not in layer.fp8_meta
+
+
+def test_a_state_of_the_first_releases_is_one_of_delayed_scaling() -> None:
+    """It names no recipe, and holds the reciprocals of its scales, too."""
+    state = {
+        f"{name}_{key}": torch.full((*shape, size), 2.0)
+        for key, size in (("fwd", 3), ("bwd", 2))
+        for name, shape in (("scale", ()), ("scale_inv", ()), ("amax_history", (1024,)))
+    }
+    data = pickle.dumps({**state, "extra_fp8_variables": {}})
+    layer = te.Linear(16, 16)
+    layer.set_extra_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    assert layer.fp8_meta["recipe"] == te.DelayedScaling()
+    assert layer.fp8_meta["scaling_bwd"].scale.tolist() == [2.0, 2.0]
+
+
 def test_the_state_of_another_module_is_refused() -> None:
     """That of two products does not fit one."""
     layer, _ = trained(te.DelayedScaling())
     state = load_extra_state(layer.get_extra_state())
+    assert state is not None
     state["scale_fwd"] = state["scale_fwd"].repeat(2)
     data = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
     before = layer.get_extra_state()

@@ -159,6 +159,8 @@ def same_extra_state(a: Tensor, b: Tensor) -> bool:
     if not a.numel() or not b.numel():
         return a.numel() == b.numel()
     x, y = load_extra_state(a), load_extra_state(b)
+    assert x is not None
+    assert y is not None
     return x.keys() == y.keys() and all(
         torch.equal(x[k], y[k]) if isinstance(x[k], Tensor) else x[k] == y[k] for k in x
     )

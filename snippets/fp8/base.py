@@ -521,6 +521,8 @@ class TransformerEngineBaseModule(nn.Module):
         if state.numel() == 0:
             return
         loaded = load_extra_state(state, type(self).__name__)
+        if loaded is None:
+            return
         recipe = loaded["recipe"]
         num_gemms = loaded["scale_fwd"].numel() // 3
         mine = self.fp8_meta.get("num_gemms", num_gemms)

@@ -15,6 +15,7 @@ import importlib
 import io
 import os
 import pickle
+import pickletools
 from typing import Any
 
 import torch
@@ -31,11 +32,41 @@ _ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("collections", "OrderedDict"),
 }
+_STATE = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
+_NONE = {
+    "CustomRecipe",
+    "Float8BlockScaling",
+    "Float8CurrentScaling",
+    "MXFP8BlockScaling",
+    "NVFP4BlockScaling",
+}
 
 
 def _load_storage(data: bytes) -> Any:
     """Read a storage as torch.storage does, but without running what it names."""
     return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _holds_nothing(data: bytes) -> bool:
+    """Say whether the pickle is one that a recipe without a state left, unread.
+
+    As Transformer Engine decides it: it names no class and no scales, or such a recipe.
+    """
+    try:
+        operations = list(pickletools.genops(data))
+    except Exception:  # no pickle
+        return False
+    words = {
+        word
+        for _, text, _ in operations
+        if isinstance(text, str)
+        for word in text.split()  # a class is one string, "module name", or two
+    }
+    if words & _STATE:
+        return False
+    if not any(code.name in {"GLOBAL", "STACK_GLOBAL"} for code, _, _ in operations):
+        return True
+    return "recipe" in words and "DelayedScaling" not in words and bool(words & _NONE)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -81,8 +112,11 @@ def save_extra_state(fp8_meta: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def load_extra_state(state: Tensor, context: str = "a module") -> dict[str, Any]:
+def load_extra_state(state: Tensor, context: str = "a module") -> dict[str, Any] | None:
     """Return what :func:`save_extra_state` or Transformer Engine wrote.
+
+    None for what older releases wrote for a recipe that has no state. The first ones
+    wrote no recipe: theirs is delayed scaling.
 
     Transformer Engine refuses to read it, since it is a pickle, unless
     ``NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1``. This reader runs no code, and refuses
@@ -95,6 +129,12 @@ def load_extra_state(state: Tensor, context: str = "a module") -> dict[str, Any]
     Raises:
         RuntimeError: the bytes are no such state, or the variable is 0.
     """
+    try:
+        data = state.detach().cpu().contiguous().numpy().tobytes()
+    except Exception:  # numpy is not needed by torch
+        data = bytes(state.detach().cpu().tolist())
+    if _holds_nothing(data):
+        return None
     if os.getenv(_UNSAFE) == "0":
         raise RuntimeError(
             f"Refusing to load pickled Transformer Engine extra state for {context}. "
@@ -104,14 +144,11 @@ def load_extra_state(state: Tensor, context: str = "a module") -> dict[str, Any]
             f"{_UNSAFE}=1."
         )
     try:
-        data = state.detach().cpu().contiguous().numpy().tobytes()
-    except Exception:  # numpy is not needed by torch
-        data = bytes(state.detach().cpu().tolist())
-    try:
         loaded = _Unpickler(io.BytesIO(data)).load()
-        loaded["recipe"], loaded["scale_fwd"], loaded["scale_bwd"]
+        loaded["scale_fwd"], loaded["scale_bwd"]
         loaded["amax_history_fwd"], loaded["amax_history_bwd"]
         loaded.setdefault("extra_fp8_variables", {})
+        loaded.setdefault("recipe", recipes.DelayedScaling())
     except Exception as error:
         raise RuntimeError(
             "the quantization state of this checkpoint cannot be read: "
