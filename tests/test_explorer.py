@@ -1162,7 +1162,7 @@ def test_the_link_can_be_copied(explorer: Explorer) -> None:
 @browser_only
 @CLIPBOARD
 def test_an_address_on_its_way_is_not_written_over(explorer: Explorer) -> None:
-    """What is saved between a new address and its event would undo the reader's wish."""
+    """Saved between a new address and its event, the old state would undo it."""
     explorer.page.evaluate(
         """() => {
             location.hash = "#x=7&format=bfloat16";
