@@ -414,7 +414,9 @@ def dequantize_blocks(blocks: Blocks, fmt: BlockFormat | str) -> Tensor:
     """Return what `quantize_blocks` made of a tensor, as float64.
 
     Element times scale, exactly; in NVFP4 ``element * (scale * amax * (1 / 2688))``,
-    in float32. Codes, scales and amax that do not belong together are a ValueError.
+    in float32, which is Inf where ``scale * amax`` is, as in Transformer Engine: an
+    amax above 7.6e35 is too much for the largest scale, 448. Codes, scales and amax
+    that do not belong together are a ValueError.
     """
     fmt, (codes, scales, amax) = _named(fmt, BLOCK_FORMATS), blocks
     reach = _limits(fmt)[1]

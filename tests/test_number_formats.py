@@ -622,6 +622,18 @@ def test_nvfp4_equals_the_emulator(dtype: torch.dtype) -> None:
         assert same(dequantize_blocks(ours, "nvfp4"), back)
 
 
+def test_nvfp4_overflows_where_scale_times_amax_does() -> None:
+    """As in Transformer Engine's kernel, which multiplies from the left."""
+    last = torch.finfo(torch.float32).max / 448
+    for factor, finite in ((1 - 2.0**-20, True), (1 + 2.0**-20, False)):
+        x = torch.full((16,), last * factor)
+        blocks = quantize_blocks(x, "nvfp4")
+        assert decode(blocks.scales, "float8_e4m3fn").item() == 448
+        back = dequantize_blocks(blocks, "nvfp4")
+        assert bool(back.isfinite().all()) == finite
+        assert same(back, numerics.dequantize(*numerics.quantize_nvfp4(x)))
+
+
 def test_nvfp4_scales_at_ties_equal_the_emulators() -> None:
     """Where a block's scale is halfway in E4M3, the order of operations decides."""
     scales = values_of(FORMATS["float8_e4m3fn"])
