@@ -18,6 +18,7 @@ SPDX-License-Identifier: Apache-2.0
 import itertools
 import linecache
 import math
+import random
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -182,9 +183,10 @@ def find_first_bad_module(
 ) -> BadModule | None:
     """Run forward, and backward with ``loss_fn``; return where NaN or Inf began.
 
-    Parameters, buffers, gradients and mode are left as they were; so is the random
-    state, from which the run draws: it drops out what your next step would. Call it
-    under ``torch.autocast`` if you train under it.
+    Parameters, buffers, gradients and mode are left as they were; so are the random
+    states (PyTorch's, Python's, NumPy's), from which the run draws: it drops out what
+    your next step would. Call it under ``torch.autocast`` if you train under it. Where
+    the model or ``loss_fn`` raises, a note to the error says what was found by then.
 
     Args:
         model: Not compiled.
@@ -212,6 +214,9 @@ def find_first_bad_module(
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    names = [(m, dict(m._buffers)) for m in model.modules()]
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpys = numpy.random.get_state() if numpy else None
     devices = {p.device for p, _ in grads if p.device.type not in {"cpu", "meta"}}
     kind = next((d.type for d in devices), "cuda")
     with torch.random.fork_rng(devices, device_type=kind):
@@ -224,7 +229,17 @@ def find_first_bad_module(
                     loss = loss_fn(output)
                     _check_loss(loss)
                     torch.autograd.backward(loss * scale if scale != 1 else loss)
+        except Exception as error:
+            if found.result is not None:
+                error.add_note(f"NaN or Inf before: {found.result}")
+            raise
         finally:
+            random.setstate(state)
+            if numpy:
+                numpy.random.set_state(numpys)
+            for module, own in names:
+                module._buffers.clear()
+                module._buffers.update(own)
             for p, grad in grads:
                 p.grad = grad
             with torch.no_grad():
@@ -533,8 +548,10 @@ def _tensors(things: object) -> Iterator[Tensor]:
     """Yield the tensors with floating-point values that can be read."""
     if isinstance(things, Tensor) and things.is_nested:  # TransformerEncoder's in eval
         things = things.values()
+    elif isinstance(things, Tensor) and things.layout is torch.sparse_coo:
+        things = things._values()
     elif isinstance(things, Tensor) and things.layout is not torch.strided:
-        things = things.to_dense()
+        things = things.values()
     if isinstance(things, Tensor):
         is_float = things.is_floating_point() or things.is_complex()
         if is_float and things.device.type != "meta" and things.numel():

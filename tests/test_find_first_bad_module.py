@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -693,6 +694,57 @@ def test_the_function_leaves_everything_as_it_was(fault: str) -> None:
         find_first_bad_module(model, batch(), loss_fn=torch.sum)
 
     assert same(before, snapshot(model))
+
+
+class Draws(nn.Module):
+    """Draws from Python and NumPy, and has a buffer from its first call on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale what comes."""
+        self.register_buffer("cache", x.new_zeros(1), persistent=False)
+        scale = random.random() + np.random.rand()  # noqa: NPY002 - what others use
+        return x * scale
+
+
+def test_the_function_draws_no_number_of_another_library_and_adds_no_buffer() -> None:
+    """Python's and NumPy's random states, and what buffers there are, are as before."""
+
+    def state() -> tuple[object, bytes]:
+        numbers: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+        return random.getstate(), numbers["state"]["key"].tobytes()
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Draws())
+    np.random.seed(0)  # noqa: NPY002 - the next draw makes new numbers
+    before = state()
+
+    assert find_first_bad_module(model, batch(), loss_fn=torch.sum) is None
+    assert state() == before
+    assert not list(model.buffers())
+
+
+def test_an_error_carries_what_was_found() -> None:
+    """A loss that refuses NaN hides its origin; the note to its error names it."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Fault("zero by zero"), nn.Sigmoid())
+
+    def loss_fn(y: Tensor) -> Tensor:
+        return F.binary_cross_entropy(y, torch.ones_like(y))
+
+    with pytest.raises(RuntimeError, match="between 0 and 1") as info:
+        find_first_bad_module(model, batch(), loss_fn=loss_fn)
+    (note,) = info.value.__notes__
+    assert note.startswith("NaN or Inf before: forward: aten.div in '1', Fault")
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_a_sparse_gradient_is_read(is_bad: bool) -> None:
+    """What backward makes of an embedding's gradient is found in sparse form too."""
+    table = nn.EmbeddingBag(20, WIDTH, sparse=True)
+    model = nn.Sequential(table, Fault("backward of sqrt" if is_bad else "none"))
+    result = find_first_bad_module(model, torch.arange(8).view(2, 4), loss_fn=torch.sum)
+
+    assert (result is not None) == is_bad
+    if is_bad:
+        assert (found(result).module, found(result).phase) == ("1", "backward")
 
 
 def test_the_block_changes_no_number() -> None:
