@@ -218,7 +218,7 @@ class NumericsMonitor(_Callback):
     def _forget(self) -> None:
         self._model, self._names, self._scaler = nn.Identity(), {}, None
         self._tape: list[tuple[str, str, Tensor]] = []  # kind, module, sum
-        self._makers: dict[int, tuple[Any, str]] = {}  # of tensors
+        self._makers: dict[int, tuple[Any, str, int]] = {}  # of tensors, and versions
         self._readers: dict[str, list[str]] = {}  # of modules' outputs
         self._usual: set[str] = set()  # modules that make infinities in healthy steps
         self._dtypes: Counter[torch.dtype] = Counter()
@@ -310,8 +310,11 @@ class NumericsMonitor(_Callback):
         for y in _floats(output):
             self._tape.append(("output", name, _sum(y)))
             self._dtypes[y.dtype] += 1
+            known = self._makers.get(id(y))
+            if known is not None and known[0]() is y and known[2] == y._version:
+                continue  # passed on as it came: from a module within, or an identity
             if y.requires_grad:
-                self._makers[id(y)] = weakref.ref(y), name
+                self._makers[id(y)] = weakref.ref(y), name, y._version
                 _hook(y, partial(self._backward, name, is_fp8))
 
     def _backward(self, name: str, is_fp8: bool, grad: Tensor) -> None:

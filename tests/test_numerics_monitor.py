@@ -588,6 +588,35 @@ def test_of_two_readers_the_one_with_bad_weights_is_named() -> None:
 # FP8
 
 
+def test_a_module_that_only_passes_on_what_another_made_is_not_named() -> None:
+    """A DropPath that keeps all returns the sick layer's own tensor."""
+
+    class Keep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Sick(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            explode: Any = Explode.apply
+            return super().forward(explode(x))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.sick, self.keep = nn.Linear(8, 8), Sick(8, 8), Keep()
+
+        def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+            return self.keep(self.sick(self.stem(x).tanh()))
+
+    model = Block()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        torch.autograd.backward(model(torch.ones(2, 8)).sum())
+        optimizer.step()
+
+    assert monitor.records[0]["nonfinite"] == {"module": "sick", "phase": "backward"}
+
+
 def test_amax_of_fp8_tensors_is_recorded() -> None:
     """Delayed scaling: what the history holds; current scaling: what went in."""
     torch.manual_seed(0)
