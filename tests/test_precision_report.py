@@ -1102,6 +1102,105 @@ def test_masks_that_adapt_are_no_alarm() -> None:
         assert not report.constants
 
 
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -math.inf])
+def test_a_mask_that_goes_into_a_module_is_no_alarm(mask: float) -> None:
+    """It is no overflow, and the scores of a column that it hides at times are kept."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.softmax = nn.Linear(32, 96), nn.Softmax(-1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x.view(8, 8, 32)).chunk(3, -1)
+            future = torch.ones(8, 8, dtype=torch.bool).triu(1)
+            scores = (q @ k.mT / 32**0.5).masked_fill(future, mask)
+            y: Tensor = self.softmax(scores) @ v
+            return y.flatten(0, 1)
+
+    report = precision_report(Module(), (X, Y), F.mse_loss)
+    row = find(report, "softmax", "input")
+    assert 0 < row.amax < 100
+    assert row.share("float16", "features_lost") == 0
+    assert {v.level for n, v in report.verdicts.items() if n != "16-true"} == {"safe"}
+
+
+def test_a_bias_whose_gradient_is_only_rounding_needs_no_loss_scale() -> None:
+    """One of keys moves all scores of a row alike, so softmax gives it no gradient."""
+
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x.view(8, 8, 32)) for layer in (self.q, self.k, self.v))
+            y: Tensor = (q @ k.mT / 32**0.5).softmax(-1) @ v
+            return y.flatten(0, 1)
+
+    torch.manual_seed(0)
+    report = precision_report(Keys(), (X, Y), lambda y, x: F.mse_loss(y, x) / 256)
+    bias = next(
+        r
+        for r in report.rows
+        if (r.module, r.kind, r.tensor) == ("k", "grad_weight", "bias")
+    )
+    assert 0 < bias.amax < 64 * 2**-24 * find(report, "k", "grad_output").amax
+    verdict = report.verdicts["16-mixed"]
+    needed = [f for f in verdict.findings if f.module == "k"]
+    assert verdict.level == "safe"
+    assert not any("(bias)" in finding.text for finding in needed)
+
+
+def test_what_is_asked_for_in_float32_is_not_in_16_bits() -> None:
+    """A running maximum of -1e38, in FP32 by name, fits; one like the scores not."""
+
+    class Running(nn.Module):
+        def __init__(self, dtype: torch.dtype | None) -> None:
+            super().__init__()
+            self.layer, self.dtype = nn.Linear(32, 32), dtype
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y.maximum(torch.zeros_like(y, dtype=self.dtype) - 1e38)
+
+    for dtype, level in ((torch.float32, "safe"), (None, "unsafe")):
+        report = precision_report(Running(dtype), (X, Y), F.mse_loss)
+        assert report.verdicts["16-mixed"].level == level
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_sparse_and_nested_tensors_are_read() -> None:
+    """A graph as COO or CSR has its dense matrix's verdict; ragged rows are read."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            y: Tensor = edges @ self.layer(x)
+            return y
+
+    edges, model = torch.eye(64).roll(1, 0) * 1e5, Graph()
+    texts = []
+    for layout in (edges, edges.to_sparse(), edges.to_sparse_csr()):
+        before = layout.to_dense().clone()
+        report = precision_report(model, (X, layout, Y), F.mse_loss)
+        texts.append(report.verdicts["16-mixed"].text)
+        assert torch.equal(layout.to_dense(), before)
+    assert texts[0].startswith("unsafe: `model` input (1) overflows")
+    assert texts == texts[:1] * 3
+
+    rows = torch.nested.nested_tensor([X[:3], X[:5]], layout=torch.jagged)
+    layer = nn.Linear(32, 32)
+    report = precision_report(layer, rows, lambda y: y.values().square().mean())
+    assert find(report, "", "input").shape == (8, 32)
+    assert find(report, "", "input").amax == X[:5].abs().max()
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_every_finding_leads_to_a_page_that_is_there() -> None:
     """No link of a report is dead."""
     for _, page in _FIXES.values():

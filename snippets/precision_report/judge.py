@@ -1,7 +1,7 @@
 """Rules that turn what was measured into a verdict for each mode."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class _Judge:
         self.mode: Mode = MODES[name]
         self.fmt: Format = FORMATS[self.mode.compute]
         self.findings: list[Finding] = []
+        self.noise = _noise(report.rows)
 
     def rows(self, *kinds: str) -> Iterator[Row]:
         """Yield the rows that this mode computes in 16 bits."""
@@ -142,7 +143,7 @@ class _Judge:
             if row.share(self.mode.compute, "overflow"):
                 text = f"{_at(row)} overflows {self.mode.compute}: {row.amax:.2g}"
                 self.find("unsafe", "gradients", text, row, 1.0)
-            share = _below(row, self.fmt)
+            share = self.below(row)
             if share >= SOME:
                 level = "unsafe" if share >= MANY else "caution"
                 text = f"{_at(row)} underflows {percent(share)}"
@@ -155,22 +156,50 @@ class _Judge:
             return None
         largest = max(rows, key=lambda row: row.amax)
         high = math.floor(math.log2(self.fmt.max / largest.amax))
-        worst = max(rows, key=lambda row: _needed(row, self.fmt))
-        low = _needed(worst, self.fmt)
+        worst = max(rows, key=self.needed)
+        low = self.needed(worst)
         if low > high:
             text = (
                 f"no loss scale fits: {_at(worst)} needs 2^{low}, "
                 f"{_at(largest)} overflows above 2^{high}"
             )
-            share = max(_below(row, self.fmt, high) for row in rows)
+            share = max(self.below(row, high) for row in rows)
             level = "unsafe" if share >= MANY else "caution"
             self.find(level, "gradients", text, worst, share)
             return None
         if low > 0:
-            share = _below(worst, self.fmt)
+            share = self.below(worst)
             text = f"without loss scaling {_at(worst)} underflows {percent(share)}"
             self.find("safe", "gradients", text, worst, share)
         return low, high
+
+    def signal(self, row: Row) -> list[int]:
+        """Return the histogram of a gradient's features, without FP32's own rounding.
+
+        A weight's gradient is a sum. What is 2^-24 of its largest numbers can be the
+        error of a zero, as the gradient of a key's bias in attention is one.
+        """
+        if row.kind != "grad_weight" or not row.amax:
+            return row.features
+        least = max(row.amax, self.noise.get(id(row), 0.0)) * 2.0**-24
+        noise = max(math.floor(math.log2(least)) - LOW, 0)
+        return [0] * noise + row.histogram[noise:]
+
+    def below(self, row: Row, scale: int = 0) -> float:
+        """Return the share of a gradient times 2^scale below the smallest number."""
+        counts = self.signal(row)
+        below = sum(counts[: max(_least(self.fmt) - scale - LOW, 0)])
+        return below / max(sum(counts), 1)
+
+    def needed(self, row: Row) -> int:
+        """Return the smallest k for which less than SOME is below if scaled by 2^k."""
+        counts = self.signal(row)
+        below, allowed = 0, SOME * sum(counts)
+        for place, count in enumerate(counts):
+            below += count
+            if below > allowed:
+                return _least(self.fmt) - (place + LOW)
+        return _least(self.fmt) - HIGH
 
     def updates(self) -> None:
         """Look for updates below half an ulp of their weights."""
@@ -277,34 +306,20 @@ def _at(row: Row) -> str:
     return f"`{row.module or 'model'}` {row.kind}{which}"
 
 
-def _signal(row: Row) -> list[int]:
-    """Return the histogram of a gradient's features, without FP32's own rounding.
+def _noise(rows: Iterable[Row]) -> dict[int, float]:
+    """Return by id of a bias's gradient the sum it is, if no two numbers cancel.
 
-    A weight's gradient is a sum. What is 2^-24 of its largest numbers can be the error
-    of a zero, as the gradient of a key's bias in attention is one.
+    They do, all of them, for the bias of attention's keys, or before a batch norm.
     """
-    if row.kind != "grad_weight" or not row.amax:
-        return row.features
-    noise = max(math.floor(math.log2(row.amax)) - 24 - LOW, 0)
-    return [0] * noise + row.histogram[noise:]
+    outputs = {row.module: row for row in rows if row.kind == "grad_output"}
+    sums = {}
+    for row in rows:
+        output = outputs.get(row.module)
+        if output and (row.kind, row.tensor) == ("grad_weight", "bias"):
+            numbers = output.calls * math.prod(output.shape) / math.prod(row.shape)
+            sums[id(row)] = output.amax * numbers
+    return sums
 
 
 def _least(fmt: Format) -> int:
     return fmt.min_exponent - fmt.mantissa_bits  # exponent of the smallest number
-
-
-def _below(row: Row, fmt: Format, scale: int = 0) -> float:
-    """Return the share of a gradient, scaled by 2^scale, below the smallest number."""
-    counts = _signal(row)
-    return sum(counts[: max(_least(fmt) - scale - LOW, 0)]) / max(sum(counts), 1)
-
-
-def _needed(row: Row, fmt: Format) -> int:
-    """Return the smallest k for which less than SOME is below if scaled by 2^k."""
-    counts = _signal(row)
-    below, allowed = 0, SOME * sum(counts)
-    for place, count in enumerate(counts):
-        below += count
-        if below > allowed:
-            return _least(fmt) - (place + LOW)
-    return _least(fmt) - HIGH

@@ -18,6 +18,8 @@ from .report import HIGH, KINDS, LOW, Row
 BLOCK, BLOCKS = 32, 128  # numbers in a row, and rows, in a sample
 _CHANNELS = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")
 GROUP = 16  # samples are rounded at once, half a megabyte: it fits in a cache
+# A mask that asks finfo for its number does so in each dtype: as harmless as -Inf.
+MASKS = tuple(torch.finfo(dtype).max for dtype in (torch.float32, torch.float64))
 CALLS = 4  # of a module that are sampled; of all others the amax is taken
 
 
@@ -128,7 +130,7 @@ class Samples:
             row.is_finite = all(math.isfinite(x) for at in taken for x in limits[at])
             others = [max(map(abs, limits[at])) for at in taken[CALLS:]]
             amaxes, least, is_integer = zip(*(facts[j] for j in own[i]), strict=True)
-            row.amax = max([*amaxes, *filter(math.isfinite, others)])
+            row.amax = max([*amaxes, *filter(_is_number, others)])
             row.is_index, row.is_integer = value.index, all(is_integer)
             row.histogram, row.features = sums["histogram"][i], sums["features"][i]
             smallest = min(filter(None, least), default=1.0)
@@ -168,8 +170,10 @@ class _Statistics:
     ) -> None:
         picked = [samples.picked[at] for at in group]
         self.x = gather(picked).nan_to_num_(0.0, 0.0, 0.0)
+        for mask in MASKS:
+            self.x.masked_fill_(self.x.abs() == mask, 0.0)
         self.peaks = gather([samples.peaks[at] for at in group])
-        self.peaks.nan_to_num_(0.0, 0.0, 0.0)
+        self.peaks.nan_to_num_(0.0, MASKS[0])  # not lost, where it is masked at times
         self.count, sizes = len(group), torch.tensor([len(x) for x in picked])
         self.owner = torch.arange(self.count).repeat_interleave(sizes)
         self.magnitude, self.nonzero = self.x.abs(), self.x != 0
@@ -177,7 +181,7 @@ class _Statistics:
         seen = self._reduce(self.line_amax, "amax")
         pairs = [max(map(abs, limits[at])) for at in group]  # of all numbers
         self.amax = [
-            a if math.isfinite(a) else s for a, s in zip(pairs, seen, strict=True)
+            a if _is_number(a) else s for a, s in zip(pairs, seen, strict=True)
         ]
         self.peak = torch.tensor(self.amax, dtype=torch.float64)[self.owner]
         self.unit = self.peak.clamp(min=2.0**-1000)[:, None]  # no square underflows
@@ -241,6 +245,11 @@ class _Statistics:
         return table.new_zeros(self.count, len(lines)).index_add_(0, self.owner, table)
 
 
+def _is_number(amax: float) -> bool:
+    """Say whether it is no infinity, and no mask."""
+    return math.isfinite(amax) and amax not in MASKS
+
+
 def _add(x: Tensor, pairs: Tensor) -> list[list[Any]]:
     """Add up the lines of ``x`` for each row; ``pairs`` are of a row and a line."""
     row, line = pairs.T
@@ -278,11 +287,18 @@ def gather(tensors: list[Tensor]) -> Tensor:
 def tensors_in(
     things: object, place: str = "", *, every: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor with fractions (or ``every``) in a nest, and its place."""
+    """Yield each tensor with fractions (or ``every``) in a nest, and its place.
+
+    Of a sparse or nested (jagged) one it is the tensor of its values.
+    """
     inner: Iterable[tuple[object, object]] = ()
     if isinstance(things, Tensor):
+        if things.layout is torch.sparse_coo:
+            things = things._values()
+        elif things.is_nested or things.layout is not torch.strided:
+            things = things.values()
         has_fraction = things.is_floating_point() or things.is_complex()
-        if every or (has_fraction and things.numel()):
+        if not things.is_meta and (every or (has_fraction and things.numel())):
             yield place, things
     elif isinstance(things, Mapping):
         inner = things.items()

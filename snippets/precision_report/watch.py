@@ -217,7 +217,9 @@ class Watch:
         if name in _LOWERS:
             for value, _ in ins:
                 value.cast = True
-        low = self.is_low(name, ins)
+        # Asked for by name, as in zeros_like(x, dtype=torch.float32).
+        is_wide = kwargs.get("dtype") in {torch.float32, torch.float64}
+        low = self.is_low(name, ins) and not is_wide
         is_norm = name in _NORMS or name in _NORMS_FP32
         for out in outs[:1] if is_norm else outs:  # statistics stay in FP32
             value, storage = Value(low=low), out.untyped_storage()
