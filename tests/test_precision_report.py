@@ -714,11 +714,18 @@ class Everything(nn.Module):
         self.register_buffer("seen", torch.zeros(1))
         self.last = self.first
         self.calls, self.way = 0, "none"
+        self.history: list[int] = []
+        self.cache: dict[str, Tensor] = {}
+        self.running = torch.zeros(3)
 
     def forward(self, x: Tensor, mode: str = "plain") -> dict[str, Any]:
         """Run, and leave traces everywhere."""
         self.calls += 1
         self.seen = self.seen + 1
+        self.history.append(self.calls)
+        self.cache["x"] = x
+        self.running += 1
+        self.first.register_forward_hook(lambda *_: None)
         self.frozen.weight.data.mul_(0.5)
         _ = random.random(), np.random.rand()  # noqa: NPY002 - the state that has to stay
         x = self.dropout(self.norm(self.first(x)))
@@ -747,6 +754,8 @@ def state(model: nn.Module, x: Tensor) -> list[Any]:
         [(n, bits(b)) for n, b in model.named_buffers()],
         [(m.training, *m.__dict__, len(m._forward_hooks)) for m in model.modules()],
         getattr(model, "calls", 0), bits(x), bits(x.grad),
+        [*getattr(model, "history", ())], [*getattr(model, "cache", ())],
+        getattr(model, "running", torch.zeros(0)).tolist(),
         torch.get_rng_state().tolist(), random.getstate(),
         np.random.get_state(legacy=False)["state"]["key"].tolist(),  # noqa: NPY002
         [

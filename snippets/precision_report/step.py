@@ -4,6 +4,7 @@ import copy
 import inspect
 import random
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .samples import tensors_in
+
+_CONTAINERS = {dict, OrderedDict, defaultdict, list, set}
 
 
 def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> Any:  # noqa: ANN401
@@ -77,19 +80,22 @@ def next_step(optimizer: Optimizer, parameters: list[Tensor]) -> dict[int, Tenso
 def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], None]]:
     """Put everything back at the end.
 
-    Parameters, buffers, attributes and hooks of modules; tensors among ``others``, the
-    batch; every ``.grad``; random states.
+    Parameters, buffers, hooks and attributes of modules, if dicts, lists, sets and
+    tensors also what is in them; tensors among ``others``, the batch; every ``.grad``;
+    random states.
 
     Yields:
         What to call with the loss before backward.
     """
     roots = [model, *(m for m in others if isinstance(m, nn.Module))]
     modules = [module for root in roots for module in root.modules()]
-    inner = ("_parameters", "_buffers", "_modules")
-    attributes = [
-        (m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in inner}) for m in modules
+    attributes = [(m, dict(m.__dict__)) for m in modules]
+    inner = [v for _, own in attributes for v in own.values()]
+    containers: list[tuple[Any, Any]] = [
+        (v, copy.copy(v)) for v in inner if type(v) in _CONTAINERS
     ]
     owned = [t for r in roots for t in (*r.parameters(), *r.buffers())]
+    owned += [t for v in inner if isinstance(v, Tensor) for _, t in tensors_in(v)]
     owned += [t for _, t in tensors_in(others, every=True)]
     values = [(t, t.detach().clone()) for t in {id(t): t for t in owned}.values()]
     grads: dict[int, tuple[Tensor, Tensor | None, dict[Any, Any], Any]] = {}
@@ -111,12 +117,13 @@ def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], 
     finally:
         for restore, state in random_states:
             restore(state)
-        for module, outer, dicts in attributes:
-            for name, saved in dicts.items():
-                outer[name].clear()
-                outer[name].update(saved)
+        for container, content in containers:
+            container.clear()
+            put_back: Any = getattr(container, "update", None) or container.extend
+            put_back(content)
+        for module, own in attributes:
             module.__dict__.clear()
-            module.__dict__.update(outer)
+            module.__dict__.update(own)
         for tensor, value in values:
             if not torch.equal(tensor, value):
                 tensor.data.copy_(value)
