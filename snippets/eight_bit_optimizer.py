@@ -395,8 +395,15 @@ def _check_saved(
     if saved.keys() not in (needed, needed | {"absmax", "block_size"}):
         msg = f"parameter {key} needs state {sorted(needed)}, got {sorted(saved)}"
         raise ValueError(msg)
+    if not saved["step"] >= 0:  # also refuses NaN
+        raise ValueError(f"step of parameter {key} must be >= 0, got {saved['step']}")
     narrow = "absmax" in saved
     if narrow:
+        _check_count(f"block_size of parameter {key}", saved["block_size"], 1)
+        if saved["absmax"].keys() != set(_MOMENTS):
+            names = sorted(saved["absmax"])
+            msg = f"absmax of parameter {key} must be of {_MOMENTS}, got {names}"
+            raise ValueError(msg)
         group = group | {"optim_bits": 8, "min_8bit_size": 0}
         group["block_size"] = saved["block_size"]
     state = _new_state(p, group) | {"step": int(saved["step"])}

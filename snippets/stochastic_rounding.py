@@ -297,18 +297,21 @@ class PureBF16AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: The state was saved with another ``rounding``, with ``amsgrad``
-                or ``maximize``, by an optimizer with other state, or for parameters of
-                another number or shape. Nothing has been changed.
+                or ``maximize``, by an optimizer with other state, for parameters of
+                another number or shape, or has a setting out of range or steps below 0.
+                Nothing has been changed.
         """
         groups = [{**group} for group in state_dict["param_groups"]]
         for own, saved in zip(self.param_groups, groups, strict=False):
-            if saved.setdefault("rounding", own["rounding"]) != own["rounding"]:
+            for name in self.defaults:
+                saved.setdefault(name, own[name])
+            if saved["rounding"] != own["rounding"]:
                 msg = "saved with rounding={!r}, not {!r}"
                 raise ValueError(msg.format(saved["rounding"], own["rounding"]))
             if saved.get("amsgrad") or saved.get("maximize"):
                 msg = "a state with amsgrad or maximize set cannot be continued here"
                 raise ValueError(msg)
-            saved.setdefault("seed", own["seed"])
+            _check_settings(saved)
             for key, p in zip(saved["params"], own["params"], strict=False):
                 _check_state(key, state_dict["state"].get(key, {}), p)
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -341,6 +344,9 @@ def _check_state(key: int, state: dict[str, Any], p: Tensor) -> None:
     needed = {"step", "exp_avg", "exp_avg_sq"}
     if state and not needed <= state.keys() <= needed | {"compensation"}:
         msg = f"parameter {key} needs state {sorted(needed)}, got {sorted(state)}"
+        raise ValueError(msg)
+    if state and not state["step"] >= 0:  # also refuses NaN
+        msg = f"step of parameter {key} must be >= 0, got {state['step']}"
         raise ValueError(msg)
     for name in sorted(state.keys() - {"step"}):
         if state[name].shape != p.shape:

@@ -1023,4 +1023,13 @@ def test_states_that_do_not_fit_are_refused() -> None:
     fewer = copy.deepcopy(before)
     fewer["state"][0]["absmax"]["exp_avg_sq"] = torch.zeros(3)
     refused(fewer, r"exp_avg_sq of parameter 0 is torch.float32 \(3,\), not .* \(16,\)")
+    for name, value, match in (
+        ("step", -1, "step of parameter 0 must be >= 0, got -1"),
+        ("step", math.nan, "step of parameter 0 must be >= 0, got nan"),
+        ("block_size", 0, "block_size of parameter 0 must be an integer >= 1, got 0"),
+        ("absmax", {}, r"absmax of parameter 0 must be of .*, got \[\]"),
+    ):
+        wrong = copy.deepcopy(before)
+        wrong["state"][0][name] = value
+        refused(wrong, match)
     refused({**before, "param_groups": before["param_groups"] * 2}, "different number")

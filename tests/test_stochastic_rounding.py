@@ -749,6 +749,10 @@ def test_states_that_cannot_be_continued_are_refused() -> None:
     refused("saved with rounding='kahan', not 'stochastic'", group(rounding="kahan"))
     refused("amsgrad or maximize", group(amsgrad=True))
     refused("amsgrad or maximize", group(maximize=True))
+    refused("lr must be finite and >= 0, got nan", group(lr=math.nan))
+    refused(r"betas must be two numbers in \[0, 1\)", group(betas=(0.9, 1.0)))
+    refused("seed must be an integer >= 0, got -1", group(seed=-1))
+    refused("step of parameter 0 must be >= 0, got -1", state(step=torch.tensor(-1.0)))
     refused(
         r"exp_avg of parameter 0 has shape \(3,\), but its weight \(300,\)",
         state(exp_avg=torch.zeros(3)),
