@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +288,29 @@ def test_an_identity_quantizer_may_cast() -> None:
 
     assert cast.rowwise is not None
     assert cast.rowwise.codes.equal(x.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32,), (32, 64), (2, 32, 64)])
+def test_a_call_returns_a_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of the shape and dtype of what it was called with, whose gradient it has."""
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    quantizer = te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3, "cpu")
+    made = quantizer(x)
+    values = quantizer.quantize(x.detach().reshape(-1, shape[-1])).dequantize(dtype)
+
+    assert isinstance(made, te.Float8Tensor)
+    assert (made.shape, made.dtype) == (x.shape, dtype)
+    assert made.dequantize().equal(values.reshape(shape))
+    assert (made.detach() + 1).equal(values.reshape(shape) + 1)
+    (grad,) = torch.autograd.grad((made * 2).sum(), x)
+    assert grad.equal(torch.full_like(x, 2))
+    file = io.BytesIO()
+    torch.save(made.detach(), file)
+    file.seek(0)
+    assert torch.load(file).dequantize().equal(made.dequantize())
+    with torch.no_grad():
+        assert made.detach().clone().zero_().dequantize().equal(torch.zeros_like(x))
 
 
 def test_a_direction_that_was_not_made_is_an_error() -> None:

@@ -137,15 +137,41 @@ class Quantizer:
         """
         raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Quantized:
-        """Quantize ``x`` in the directions of :meth:`set_usage`."""
-        x2d = x.reshape(-1, x.shape[-1])
-        return self.quantize(
-            x2d, rowwise=self.rowwise_usage, columnwise=self.columnwise_usage
-        )
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``x`` as a quantized tensor, in the directions of :meth:`set_usage`.
+
+        Its gradient is that of ``x``: rounding has none.
+
+        Args:
+            x: at least one dimension; float32, bfloat16 or float16.
+
+        Returns:
+            A ``QuantizedTensor`` of the shape and dtype of ``x``.
+        """
+        made: Tensor = _Quantize.apply(x, self)  # type: ignore[no-untyped-call]
+        return made
 
     def calibrate(self, x: Tensor) -> None:
         """Record what quantizing ``x`` would record, without quantizing it."""
+
+
+class _Quantize(torch.autograd.Function):
+    """Quantizes, and hands the gradient through."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
+        from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
+
+        made = quantizer.quantize(
+            x.detach().reshape(-1, x.shape[-1]),
+            rowwise=quantizer.rowwise_usage,
+            columnwise=quantizer.columnwise_usage,
+        )
+        return QuantizedTensor(made, x.dtype, quantizer, shape=x.shape)
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class IdentityQuantizer(Quantizer):

@@ -34,7 +34,7 @@ _aten = torch.ops.aten
 
 
 class QuantizedTensor(torch.Tensor):
-    """A 2-D tensor that reads as float32, bfloat16 or float16 and is held in codes.
+    """A tensor that reads as float32, bfloat16 or float16 and is held in codes.
 
     An operation reads the dequantized values. An operation that writes, such as an
     optimizer's, quantizes the result again with the tensor's own quantizer (and with
@@ -58,6 +58,7 @@ class QuantizedTensor(torch.Tensor):
         quantizer: Quantizer | None,
         requires_grad: bool = False,
         cell: list[Quantized] | None = None,
+        shape: torch.Size | None = None,
     ) -> "QuantizedTensor":
         packed = quantized.rowwise or quantized.columnwise
         assert packed is not None
@@ -65,7 +66,7 @@ class QuantizedTensor(torch.Tensor):
             cls = _class_of(packed)
         made = torch.Tensor._make_wrapper_subclass(
             cls,
-            quantized.shape,
+            quantized.shape if shape is None else shape,
             dtype=dtype,
             device=packed.codes.device,
             requires_grad=requires_grad,
@@ -84,7 +85,8 @@ class QuantizedTensor(torch.Tensor):
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values as a plain tensor of ``dtype`` (default: its own)."""
-        return self.quantized.dequantize(self.dtype if dtype is None else dtype)
+        values = self.quantized.dequantize(self.dtype if dtype is None else dtype)
+        return values.reshape(self.shape)
 
     def quantize_(self, values: Tensor) -> "QuantizedTensor":
         """Replace the values by ``values``, rounded by the tensor's quantizer.
@@ -110,7 +112,9 @@ class QuantizedTensor(torch.Tensor):
             raise RuntimeError(
                 "this quantized tensor has no quantizer: use it as a module's parameter"
             )
-        self._cell[0] = self.quantizer.quantize(values.detach())
+        self._cell[0] = self.quantizer.quantize(
+            values.detach().reshape(self.quantized.shape)
+        )
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -122,7 +126,9 @@ class QuantizedTensor(torch.Tensor):
         return f"{type(self).__name__}({codes=}, dtype={self.dtype}, {shape=})"
 
     def _alias(self, cell: list[Quantized], dtype: torch.dtype) -> "QuantizedTensor":
-        return QuantizedTensor(cell[0], dtype, self.quantizer, cell=cell)
+        return QuantizedTensor(
+            cell[0], dtype, self.quantizer, cell=cell, shape=self.shape
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle codes and scales; the module that loads them has the quantizer."""
@@ -134,6 +140,7 @@ class QuantizedTensor(torch.Tensor):
                 None if value.rowwise is None else tuple(value.rowwise),
                 None if value.columnwise is None else tuple(value.columnwise),
                 self.dtype,
+                tuple(self.shape),
             ),
         )
 
@@ -262,10 +269,12 @@ def _rebuild(
     rowwise: tuple[Any, ...] | None,
     columnwise: tuple[Any, ...] | None,
     dtype: torch.dtype,
+    whole: tuple[int, ...] | None = None,  # None: written before there was one
 ) -> QuantizedTensor:
     row = None if rowwise is None else Packed(*rowwise)
     column = None if columnwise is None else Packed(*columnwise)
-    return QuantizedTensor(Quantized(shape, row, column), dtype, None)
+    full = None if whole is None else torch.Size(whole)
+    return QuantizedTensor(Quantized(shape, row, column), dtype, None, shape=full)
 
 
 # torch.load(weights_only=True), the default, may then read such a parameter.
