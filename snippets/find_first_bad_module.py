@@ -215,6 +215,7 @@ def find_first_bad_module(
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     names = [(m, dict(m._buffers)) for m in model.modules()]
+    refused = ""
     numpy, state = sys.modules.get("numpy"), random.getstate()
     numpys = numpy.random.get_state() if numpy else None
     devices = {p.device for p, _ in grads if p.device.type not in {"cpu", "meta"}}
@@ -227,8 +228,8 @@ def find_first_bad_module(
                 output = model(*inputs, **kwargs)
                 if loss_fn is not None:
                     loss = loss_fn(output)
-                    _check_loss(loss)
-                    torch.autograd.backward(loss * scale if scale != 1 else loss)
+                    if not (refused := _refused(loss)):
+                        torch.autograd.backward(loss * scale if scale != 1 else loss)
         except Exception as error:
             if found.result is not None:
                 error.add_note(f"NaN or Inf before: {found.result}")
@@ -245,6 +246,8 @@ def find_first_bad_module(
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
+    if refused:
+        raise ValueError(refused)
     return found.result
 
 
@@ -612,9 +615,11 @@ def _words(place: tuple[str, int, str]) -> str:
     return f"{file}:{number} in {function}: {text}" if file else ""
 
 
-def _check_loss(loss: object) -> None:
+def _refused(loss: object) -> str:
+    """Say why this is no loss; nothing if it is one."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return one number in a tensor, got {shape}")
+        return f"loss_fn must return one number in a tensor, got {shape}"
     if not loss.requires_grad:
-        raise ValueError("the loss needs no gradient: it depends on no parameter")
+        return "the loss needs no gradient: it depends on no parameter"
+    return ""

@@ -734,6 +734,10 @@ def test_an_error_carries_what_was_found() -> None:
     (note,) = info.value.__notes__
     assert note.startswith("NaN or Inf before: forward: aten.div in '1', Fault")
 
+    with pytest.raises(ValueError, match="must return one number") as refusal:
+        find_first_bad_module(model, batch(), loss_fn=lambda y: y)
+    assert not hasattr(refusal.value, "__notes__")  # it is no consequence of a NaN
+
 
 @pytest.mark.parametrize("is_bad", [False, True])
 def test_a_sparse_gradient_is_read(is_bad: bool) -> None:
