@@ -8,7 +8,7 @@ Copy this file into your project; it needs only Python.
              reads them. NVIDIA 2026, Megatron-LM, commit d98e8a64: its optimizer's
              settings, and who builds a loss scaler. Qi et al. 2025, arXiv:2510.26788:
              what rollouts in another precision than the training cost.
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
