@@ -1181,7 +1181,7 @@ def test_what_is_asked_for_in_float32_is_not_in_16_bits() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_sparse_and_nested_tensors_are_read() -> None:
-    """A graph as COO or CSR has its dense matrix's verdict; ragged rows are read."""
+    """A graph in a sparse layout has its dense verdict; ragged rows are read."""
 
     class Graph(nn.Module):
         def __init__(self) -> None:
