@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snippets import fp8 as te
 from snippets.fp8.base import TransformerEngineBaseModule
-from snippets.fp8.quantizers import DelayedScalingState
+from snippets.fp8.slots import DelayedScalingState
 
 BF16, FP32 = torch.bfloat16, torch.float32
 RECIPES: dict[str, Callable[[], te.Recipe]] = {

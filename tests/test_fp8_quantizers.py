@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snippets import fp8 as te
 from snippets.fp8.quantized import Packed, matmul
-from snippets.fp8.quantizers import DelayedScalingState, make_quantizers
+from snippets.fp8.slots import DelayedScalingState, make_quantizers
 from tests import te_source
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

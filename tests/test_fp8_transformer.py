@@ -20,7 +20,7 @@ from snippets import fp8 as te
 from snippets.fp8.activations import ACTIVATIONS, FUSED_BACKWARD, activate
 from snippets.fp8.base import TransformerEngineBaseModule
 from snippets.fp8.linear_function import linear
-from snippets.fp8.quantizers import DelayedScalingState
+from snippets.fp8.slots import DelayedScalingState
 from tests import te_source
 
 RECIPES: dict[str, Callable[[], te.Recipe]] = {

@@ -35,7 +35,6 @@ from .numerics import (
     update_delayed_scaling,
 )
 from .quantizers import (
-    DelayedScalingRequest,
     DType,
     Float8BlockQuantizer,
     Float8CurrentScalingQuantizer,
@@ -44,8 +43,6 @@ from .quantizers import (
     MXFP8Quantizer,
     NVFP4Quantizer,
     Quantizer,
-    QuantizerRequest,
-    QuantizerRole,
 )
 from .recipe import (
     CustomRecipe,
@@ -60,6 +57,7 @@ from .recipe import (
     Recipe,
 )
 from .rotary import RotaryPositionEmbedding, apply_rotary_pos_emb
+from .slots import DelayedScalingRequest, QuantizerRequest, QuantizerRole
 from .state import (
     FP8GlobalStateManager,
     accumulator,

@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import TransformerEngineBaseModule, refuse, refuse_parallel
+from .base import TransformerEngineBaseModule
 from .checkpoint import checkpoint
 from .masks import Masks, Window, bottom_right, check_window, full_mask
-from .quantizers import QuantizerRole
+from .parallel import OneContextRank, refuse, refuse_parallel
+from .slots import QuantizerRole
 
 __all__ = ["DotProductAttention"]
 
 _BIAS_TYPES = ("pre_scale_bias", "post_scale_bias", "no_bias", "alibi")
 
 
-class DotProductAttention(TransformerEngineBaseModule):
+class DotProductAttention(OneContextRank, TransformerEngineBaseModule):
     """``softmax(q @ k.T * softmax_scale) @ v`` by torch, in the dtype of activations.
 
     It runs in high precision under every recipe, as it does in Transformer Engine

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from .extra_state import load_extra_state, save_extra_state
 from .linear_function import Call
+from .parallel import OneRank
 from .quantized import Quantized
-from .quantizers import DelayedScalingState, Quantizer, QuantizerRole, make_quantizers
+from .quantizers import Quantizer
 from .recipe import DelayedScaling, Recipe
+from .slots import DelayedScalingState, QuantizerRole, make_quantizers
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
 __all__ = [
     "TransformerEngineBaseModule",
-    "refuse",
-    "refuse_parallel",
     "resolve_device",
 ]
 
@@ -53,52 +53,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def refuse(module: str, **options: tuple[Any, Any]) -> None:
-    """Raise for an option that is not emulated and differs from its default.
-
-    Args:
-        module: the class that was given the options.
-        options: for each name, the value given and Transformer Engine's default.
-
-    Raises:
-        NotImplementedError: names the option, its value and the default.
-    """
-    for name, (value, default) in options.items():
-        if value != default:
-            raise NotImplementedError(
-                f"{module}({name}={value!r}) is not emulated; leave it at {default!r}."
-            )
-
-
-def refuse_parallel(module: str, tp_size: int, tp_group: Any) -> None:
-    """Raise where the weights would be spread over ranks.
-
-    With one rank Transformer Engine ignores ``sequence_parallel``, ``ub_*`` and
-    ``symmetric_ar_type``, and so do the modules here. It takes the number of ranks from
-    the group, where there is one, and from ``tp_size`` where there is none.
-
-    Args:
-        module: the class that was given the options.
-        tp_size: ranks, if there is no group.
-        tp_group: their process group.
-
-    Raises:
-        NotImplementedError: names the option that asks for more than one.
-    """
-    if tp_group is None:
-        refuse(module, tp_size=(tp_size, 1))
-        return
-    ranks = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size(tp_group)
-    if ranks != 1:
-        raise NotImplementedError(
-            f"{module}(tp_group=...) of {ranks} ranks is not emulated; leave it at "
-            "None."
-        )
-
-
-class TransformerEngineBaseModule(nn.Module):
+class TransformerEngineBaseModule(OneRank, nn.Module):
     """Base of the modules: holds ``fp8_meta``, quantizers and cached weights.
 
     Attributes:

@@ -19,7 +19,8 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 
-from .base import TransformerEngineBaseModule, refuse
+from .base import TransformerEngineBaseModule
+from .parallel import refuse
 from .state import FP8GlobalStateManager, autocast
 
 __all__ = ["checkpoint"]

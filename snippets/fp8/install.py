@@ -193,7 +193,15 @@ _LATER = {
 
 def _emulated() -> dict[str, Any]:
     """Return what the emulator offers of Transformer Engine's names."""
-    files = ("extra_state", "linear", "quantizers", "scaling", "state", "tensor")
+    files = (
+        "extra_state",
+        "linear",
+        "quantizers",
+        "scaling",
+        "slots",
+        "state",
+        "tensor",
+    )
     spaces = [vars(sys.modules[_EMULATOR])]
     spaces += [vars(sys.modules[f"{_EMULATOR}.{file}"]) for file in files]
     found = {

@@ -11,23 +11,18 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    InitMethod,
-    TransformerEngineBaseModule,
-    plain_weight,
-    refuse,
-    refuse_parallel,
-    resolve_device,
-)
+from .base import InitMethod, TransformerEngineBaseModule, plain_weight, resolve_device
 from .linear import normal_init, split_sizes, warn_unquantized, zero_init
 from .linear_function import linear
 from .norms import feed, normalize
+from .parallel import refuse, refuse_parallel
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
@@ -67,6 +62,19 @@ def add_norm_parameters(
         torch.empty(features, device=device, dtype=dtype),
         zero_init,
     )
+
+
+def reset_norm_parameters(module: TransformerEngineBaseModule) -> None:
+    """Fill the norm's parameters anew, with Transformer Engine's warning."""
+    warnings.warn(
+        "This method will be deprecated in an upcoming release. Update your code to "
+        f"use {type(module).__name__}.reset_parameters() instead.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    for name in ("layer_norm_weight", "layer_norm_bias"):
+        if (parameter := getattr(module, name)) is not None:
+            module._init_methods[name][0](parameter)
 
 
 class LayerNormLinear(TransformerEngineBaseModule):
@@ -211,6 +219,10 @@ class LayerNormLinear(TransformerEngineBaseModule):
         if self.primary_weights_in_fp8:
             self.init_fp8_metadata()
         self.reset_parameters(defer_init=where.type == "meta")
+
+    def reset_layer_norm_parameters(self) -> None:
+        """Fill the norm's parameters anew; deprecated, as in Transformer Engine."""
+        reset_norm_parameters(self)
 
     def forward(
         self,

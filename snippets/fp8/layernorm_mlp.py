@@ -18,18 +18,14 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, FUSED_BACKWARD, activate, check_activation
-from .base import (
-    InitMethod,
-    TransformerEngineBaseModule,
-    refuse,
-    refuse_parallel,
-    resolve_device,
-)
-from .layernorm_linear import add_norm_parameters
+from .base import InitMethod, TransformerEngineBaseModule, resolve_device
+from .layernorm_linear import add_norm_parameters, reset_norm_parameters
 from .linear import normal_init, warn_unquantized, zero_init
 from .linear_function import linear
 from .norms import feed, normalize
-from .quantizers import Float8Quantizer, QuantizerRole
+from .parallel import refuse, refuse_parallel
+from .quantizers import Float8Quantizer
+from .slots import QuantizerRole
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 
@@ -187,6 +183,10 @@ class LayerNormMLP(TransformerEngineBaseModule):
         if self.primary_weights_in_fp8:
             self.init_fp8_metadata(num_gemms=2)
         self.reset_parameters(defer_init=where.type == "meta")
+
+    def reset_layer_norm_parameters(self) -> None:
+        """Fill the norm's parameters anew; deprecated, as in Transformer Engine."""
+        reset_norm_parameters(self)
 
     def quantizer_roles(self, forward: bool, count: int) -> list[QuantizerRole]:
         """Return what each slot is for; the two layers are ``fc1`` and ``fc2``."""

@@ -19,15 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    InitMethod,
-    TransformerEngineBaseModule,
-    plain_weight,
-    refuse,
-    refuse_parallel,
-    resolve_device,
-)
+from .base import InitMethod, TransformerEngineBaseModule, plain_weight, resolve_device
 from .linear_function import linear
+from .parallel import refuse, refuse_parallel
 from .state import FP8GlobalStateManager
 from .tensor import QuantizedTensor
 

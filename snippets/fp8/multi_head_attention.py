@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .attention import DotProductAttention
-from .base import InitMethod, refuse, refuse_parallel
+from .base import InitMethod
 from .layernorm_linear import LayerNormLinear
 from .linear import Linear
 from .masks import Masks, Window, check_window
 from .norms import LayerNorm, RMSNorm
+from .parallel import OneContextRank, refuse, refuse_parallel
 from .rotary import apply_rotary_pos_emb
 
 __all__ = ["MultiheadAttention"]
@@ -47,7 +48,7 @@ class _L2Normalization(nn.Module):
         """Take nothing."""
 
 
-class MultiheadAttention(nn.Module):
+class MultiheadAttention(OneContextRank, nn.Module):
     """Projections to queries, keys and values, attention, a projection of its result.
 
     Args:

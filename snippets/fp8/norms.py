@@ -288,6 +288,16 @@ class LayerNorm(_Norm):
             kwargs,
         )
 
+    def reset_layer_norm_parameters(self) -> None:
+        """Do the same as `reset_parameters`; deprecated, as in Transformer Engine."""
+        warnings.warn(
+            "This method will be deprecated in an upcoming release. Update your code "
+            "to use LayerNorm.reset_parameters() instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        self.reset_parameters()
+
 
 class RMSNorm(_Norm):
     """``x / sqrt(mean(x**2) + eps) * weight``, computed in float32.
@@ -332,3 +342,13 @@ class RMSNorm(_Norm):
             hidden_size,
             kwargs,
         )
+
+    def reset_rms_norm_parameters(self) -> None:
+        """Do the same as `reset_parameters`; deprecated, as in Transformer Engine."""
+        warnings.warn(
+            "This method is deprecated and will be removed in an upcoming release. "
+            "Update your code to use RMSNorm.reset_parameters() instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        self.reset_parameters()

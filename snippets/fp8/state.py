@@ -32,7 +32,7 @@ from .recipe import (
 )
 
 if TYPE_CHECKING:
-    from .quantizers import DelayedScalingState
+    from .slots import DelayedScalingState
 
 __all__ = [
     "FP8GlobalStateManager",

@@ -17,21 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import (
-    InitMethod,
-    TransformerEngineBaseModule,
-    refuse,
-    refuse_parallel,
-)
+from .base import InitMethod, TransformerEngineBaseModule
 from .layernorm_mlp import LayerNormMLP
 from .masks import Masks, Window
 from .multi_head_attention import MultiheadAttention
 from .norms import LayerNorm, RMSNorm
+from .parallel import OneContextRank, refuse, refuse_parallel
 
 __all__ = ["TransformerLayer"]
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(OneContextRank, nn.Module):
     """Attention and :class:`LayerNormMLP`, each with dropout and a residual connection.
 
     Args:
