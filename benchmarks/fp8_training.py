@@ -406,14 +406,14 @@ class Recorder(te.IdentityQuantizer):
         super().__init__()
         self.counts, self.low = counts, low
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Count, and return what came."""
         place = torch.frexp(x.float())[1][x != 0] - 1 - self.low
         place = place.long().clamp(0, len(self.counts) - 1)
         self.counts += torch.bincount(place, minlength=len(self.counts))
-        return super().quantize(x, rowwise=rowwise, columnwise=columnwise)
+        return super().to_quantized(x, rowwise=rowwise, columnwise=columnwise)
 
 
 def magnitudes(model: nn.Module, low: int = -40, high: int = 8) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_amax_grows_within_a_region_and_ignores_nan() -> None:
     state = DelayedScalingState(te.DelayedScaling(), True, 3, torch.device("cpu"))
     quantizer = state.quantizers(E4M3)[1]
     for value in (1.0, float("nan"), 3.0, 2.0):
-        quantizer.quantize(torch.tensor([[value, -0.5]]))
+        quantizer.to_quantized(torch.tensor([[value, -0.5]]))
 
     assert state.amax_history[0].tolist() == [0.0, 3.0, 0.0]
     assert (state.amax_history[1:] == 0).all()
@@ -284,7 +284,7 @@ def test_options_that_transformer_engine_ignores() -> None:
 def test_an_identity_quantizer_may_cast() -> None:
     """To its dtype, or to none."""
     x = torch.randn(16, 16)
-    cast = te.IdentityQuantizer(dtype=torch.bfloat16).quantize(x)
+    cast = te.IdentityQuantizer(dtype=torch.bfloat16).to_quantized(x)
 
     assert cast.rowwise is not None
     assert cast.rowwise.codes.equal(x.bfloat16())
@@ -297,7 +297,7 @@ def test_a_call_returns_a_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> 
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     quantizer = te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3, "cpu")
     made = quantizer(x)
-    values = quantizer.quantize(x.detach().reshape(-1, shape[-1])).dequantize(dtype)
+    values = quantizer.to_quantized(x.detach().reshape(-1, shape[-1])).dequantize(dtype)
 
     assert isinstance(made, te.Float8Tensor)
     assert (made.shape, made.dtype) == (x.shape, dtype)
@@ -316,7 +316,7 @@ def test_a_call_returns_a_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> 
 def test_a_direction_that_was_not_made_is_an_error() -> None:
     """Not the other one, silently."""
     x = torch.randn(32, 32)
-    rows = te.MXFP8Quantizer(E4M3).quantize(x, columnwise=False)
+    rows = te.MXFP8Quantizer(E4M3).to_quantized(x, columnwise=False)
     with pytest.raises(RuntimeError, match=r"columnwise form .* \(32, 32\)"):
         matmul(rows, True, rows, False, use_split_accumulator=True, out_dtype=x.dtype)
 
@@ -324,10 +324,46 @@ def test_a_direction_that_was_not_made_is_an_error() -> None:
 def test_plain_values_are_not_rounded() -> None:
     """A product of unquantized operands is that of their float32 values."""
     x = torch.randn(16, 16)
-    plain = te.IdentityQuantizer().quantize(x)
+    plain = te.IdentityQuantizer().to_quantized(x)
     found = matmul(
         plain, False, plain, False, use_split_accumulator=True, out_dtype=x.dtype
     )
 
     torch.testing.assert_close(found, x @ x.t())
     assert Packed(x).full().equal(x)
+
+
+def test_quantizers_have_transformer_engines_methods() -> None:
+    """A call is `quantize`, `out` is written in place, and a copy shares the state."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    quantizer: Any = te.Float8Quantizer(torch.tensor([2.0]), torch.zeros(1), E4M3)
+    first, second = quantizer.multi_quantize([x, 2 * x])
+    assert torch.equal(first.dequantize(), quantizer(x).dequantize())
+    assert quantizer.quantize(2 * x, out=first) is first
+    assert torch.equal(first.dequantize(), second.dequantize())
+    assert quantizer.update_quantized(x, first) is first
+    assert torch.equal(first.dequantize(), quantizer(x).dequantize())
+
+    quantizer.set_usage(columnwise=False)
+    copied = quantizer.copy()
+    assert copied.get_usages() == {"rowwise": True, "columnwise": False}
+    copied.set_usage(columnwise=True)
+    assert quantizer.get_usages() == {"rowwise": True, "columnwise": False}
+    assert copied.scale is quantizer.scale
+
+
+def test_what_a_quantizer_has_not_is_refused() -> None:
+    """By name, as not emulated, or as unknown; a wrong `out` is left as it was."""
+    quantizer: Any = te.MXFP8Quantizer(E4M3)
+    out = quantizer(torch.ones(32, 64))
+    with pytest.raises(AttributeError, match=r"MXFP8Quantizer\.make_empty is not"):
+        quantizer.make_empty((32, 64))
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        quantizer.quantise(torch.ones(32, 64))
+    with pytest.raises(ValueError, match=r"shape \(64, 64\) to a quantized tensor of"):
+        quantizer.quantize(torch.zeros(64, 64), out=out)
+    with pytest.raises(NotImplementedError, match="noop_flag"):
+        quantizer.update_quantized(out, out, noop_flag=torch.zeros(1))
+    with pytest.raises(TypeError, match="must be a QuantizedTensor, it is a Tensor"):
+        quantizer.quantize(torch.ones(32, 64), out=torch.ones(32, 64))
+    assert torch.equal(out.dequantize(), torch.ones(32, 64))

@@ -50,7 +50,7 @@ def test_a_weight_reads_as_the_rounded_initial_value(name: str) -> None:
     assert torch.equal(initial, plain)
     assert torch.equal(
         weight.dequantize(),
-        quantizer.quantize(plain.detach()).dequantize(torch.bfloat16),
+        quantizer.to_quantized(plain.detach()).dequantize(torch.bfloat16),
     )
     weight.clear_high_precision_init_val()  # type: ignore[attr-defined]
     assert weight.get_high_precision_init_val() is None  # type: ignore[attr-defined]

@@ -121,7 +121,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
                 continue
             quantizer = self.quantizers["scaling_fwd"][index]
             quantized = QuantizedTensor(
-                quantizer.quantize(values), values.dtype, quantizer
+                quantizer.to_quantized(values), values.dtype, quantizer
             )
             parameter = nn.Parameter(quantized, old.requires_grad)
             if self.preserve_high_precision_init_val:
@@ -234,7 +234,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
             if len(state.amax_history) == recipe.amax_history_len:
                 continue
             state.resize(recipe.amax_history_len)
-            dtype = self.quantizers[key][0].dtype  # type: ignore[attr-defined]
+            dtype = self.quantizers[key][0].dtype
             self.quantizers[key] = state.quantizers(dtype)
             if key == "scaling_fwd":
                 self._renew_weight_quantizers(warn=True)
@@ -519,7 +519,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
         for key in ("scaling_fwd", "scaling_bwd"):
             state = new.fp8_meta.get(key)
             if isinstance(state, DelayedScalingState):
-                dtype = new.quantizers[key][0].dtype  # type: ignore[attr-defined]
+                dtype = new.quantizers[key][0].dtype
                 new.quantizers[key] = state.quantizers(dtype)
         new._renew_weight_quantizers()
         return new

@@ -138,7 +138,7 @@ def _quantized_weight(weight: Tensor, call: Call) -> Quantized:
         return weight.quantized
     if call.workspace is not None and not call.update_workspace:
         return call.workspace
-    return call.weight_quantizer.quantize(weight.detach())
+    return call.weight_quantizer.to_quantized(weight.detach())
 
 
 def _quantized_input(x: Tensor, columnwise: bool, call: Call) -> Quantized:
@@ -146,8 +146,8 @@ def _quantized_input(x: Tensor, columnwise: bool, call: Call) -> Quantized:
     assert quantizer is not None
     if call.input_amax is not None:
         assert isinstance(quantizer, Float8CurrentScalingQuantizer)
-        return quantizer.quantize(x, columnwise=columnwise, amax=call.input_amax)
-    return quantizer.quantize(x, columnwise=columnwise)
+        return quantizer.to_quantized(x, columnwise=columnwise, amax=call.input_amax)
+    return quantizer.to_quantized(x, columnwise=columnwise)
 
 
 class _Linear(torch.autograd.Function):
@@ -292,7 +292,7 @@ def _quantized_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     assert call.grad_output_quantizer is not None
-    grad = call.grad_output_quantizer.quantize(
+    grad = call.grad_output_quantizer.to_quantized(
         dy, rowwise=needs[0], columnwise=needs[1]
     )
     dx = dw = None
@@ -310,7 +310,7 @@ def _quantized_backward(
         if quantized_x is None:
             assert saved_x is not None
             assert call.input_quantizer is not None
-            quantized_x = call.input_quantizer.quantize(saved_x, rowwise=False)
+            quantized_x = call.input_quantizer.to_quantized(saved_x, rowwise=False)
         dw = matmul(
             grad,
             True,

@@ -12,9 +12,11 @@ Copy the folder ``fp8`` into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+import copy
 import enum
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -95,6 +97,18 @@ def _format(dtype: "DType | torch.dtype") -> torch.dtype:
 
 # ------------------------------------------------------------------------ quantizers
 
+_NOT_EMULATED = (
+    "alloc_tensors",
+    "create_metadata",
+    "create_tensor_from_data",
+    "inner_tensor_specs",
+    "make_empty",
+    "onnx_dequantize",
+    "onnx_quantize",
+    "quantize_impl",
+    "storage_metadata",
+)
+
 
 class Quantizer:
     """Turns [rows, columns] tensors of high precision into :class:`Quantized` ones."""
@@ -115,7 +129,7 @@ class Quantizer:
             self.columnwise_usage if columnwise is None else columnwise
         )
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Quantize ``x`` in the directions asked for.
@@ -127,19 +141,78 @@ class Quantizer:
         """
         raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x`` as a quantized tensor, in the directions of :meth:`set_usage`.
+    def quantize(
+        self,
+        tensor: Tensor,
+        *,
+        out: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return a quantized tensor, in the directions of :meth:`set_usage`.
 
-        Its gradient is that of ``x``: rounding has none.
+        Its gradient is that of ``tensor``: rounding has none.
 
         Args:
-            x: at least one dimension; float32, bfloat16 or float16.
+            tensor: at least one dimension; float32, bfloat16 or float16.
+            out: a ``QuantizedTensor`` to write to, of the same shape.
+            dtype: changes nothing, as in Transformer Engine.
 
         Returns:
-            A ``QuantizedTensor`` of the shape and dtype of ``x``.
+            A ``QuantizedTensor`` of the shape and dtype of ``tensor``, or ``out``.
         """
-        made: Tensor = _Quantize.apply(x, self)  # type: ignore[no-untyped-call]
+        if out is not None:
+            return self.update_quantized(tensor, out)
+        made: Tensor = _Quantize.apply(tensor, self)  # type: ignore[no-untyped-call]
         return made
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Do what :meth:`quantize` does."""
+        return self.quantize(tensor)
+
+    def update_quantized(
+        self, src: Tensor, dst: Tensor, *, noop_flag: Tensor | None = None
+    ) -> Tensor:
+        """Write ``src``, quantized, to the ``QuantizedTensor`` ``dst``; return that.
+
+        Raises:
+            NotImplementedError: there is a ``noop_flag``.
+            TypeError: ``dst`` is no ``QuantizedTensor``.
+            ValueError: its shape is another.
+        """
+        if noop_flag is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}.update_quantized(noop_flag=...) is not "
+                "emulated; leave it at None."
+            )
+        from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
+
+        if not isinstance(dst, QuantizedTensor):
+            raise TypeError(
+                f"dst must be a QuantizedTensor, it is a {type(dst).__name__}"
+            )
+        return dst.rewrite(src, self)
+
+    def multi_quantize(self, list_of_tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Quantize several tensors."""
+        return [self.quantize(tensor) for tensor in list_of_tensors]
+
+    def copy(self) -> "Quantizer":
+        """Return another quantizer of the same settings and the same state."""
+        return copy.copy(self)
+
+    def get_usages(self) -> dict[str, bool]:
+        """Return what :meth:`set_usage` has set."""
+        return {"rowwise": self.rowwise_usage, "columnwise": self.columnwise_usage}
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of Transformer Engine's other methods that they are not emulated.
+
+        Raises:
+            AttributeError: always.
+        """
+        has = f"{type(self).__name__}.{name} is not emulated"
+        none = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(has if name in _NOT_EMULATED else none)
 
     def calibrate(self, x: Tensor) -> None:
         """Record what quantizing ``x`` would record, without quantizing it."""
@@ -152,7 +225,7 @@ class _Quantize(torch.autograd.Function):
     def forward(_: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
 
-        made = quantizer.quantize(
+        made = quantizer.to_quantized(
             x.detach().reshape(-1, x.shape[-1]),
             rowwise=quantizer.rowwise_usage,
             columnwise=quantizer.columnwise_usage,
@@ -183,7 +256,7 @@ class IdentityQuantizer(Quantizer):
         super().__init__(rowwise=rowwise, columnwise=columnwise)
         self.dtype = dtype
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Return ``x`` itself, or its cast, in both directions."""
@@ -236,7 +309,7 @@ class Float8Quantizer(_OneScale):
         self.amax = amax
         self.dtype = _format(fp8_dtype)
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Record amax, then scale by the scale of earlier steps and round."""
@@ -290,7 +363,7 @@ class Float8CurrentScalingQuantizer(_OneScale):
         self.force_pow_2_scales = force_pow_2_scales
         self.amax_epsilon = amax_epsilon
 
-    def quantize(
+    def to_quantized(
         self,
         x: Tensor,
         *,
@@ -351,7 +424,7 @@ class Float8BlockQuantizer(Quantizer):
         )
         return Packed(codes, inv_scale, transposed=transposed)
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Quantize each direction from the high-precision values."""
@@ -397,7 +470,7 @@ class MXFP8Quantizer(Quantizer):
         self.dtype = _format(fp8_dtype)
         self.with_2d_quantization = with_2d_quantization
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Quantize each direction from the high-precision values."""
@@ -468,7 +541,7 @@ class NVFP4Quantizer(Quantizer):
         self.with_2d_quantization = with_2d_quantization
         self.stochastic_rounding = stochastic_rounding
 
-    def quantize(
+    def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Quantize each direction; only the columnwise one is Hadamard-transformed."""

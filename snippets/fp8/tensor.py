@@ -98,24 +98,36 @@ class QuantizedTensor(torch.Tensor):
             ValueError: another shape.
             RuntimeError: the tensor was loaded from a file and has no quantizer yet.
         """
+        self._check(values)
+        if isinstance(values, QuantizedTensor) and _kind(values) == _kind(self):
+            self._cell[0] = values.quantized
+            return self
+        if self.quantizer is None:
+            raise RuntimeError(
+                "this quantized tensor has no quantizer: use it as a module's parameter"
+            )
+        return self.rewrite(values, self.quantizer)
+
+    def rewrite(self, values: Tensor, quantizer: Quantizer) -> "QuantizedTensor":
+        """Replace the values by ``values``, rounded by ``quantizer``.
+
+        Raises:
+            ValueError: another shape.
+        """
+        self._check(values)
+        if isinstance(values, QuantizedTensor):
+            values = values.dequantize()
+        self._cell[0] = quantizer.to_quantized(
+            values.detach().reshape(self.quantized.shape)
+        )
+        return self
+
+    def _check(self, values: Tensor) -> None:
         if values.shape != self.shape:
             raise ValueError(
                 f"cannot write a tensor of shape {tuple(values.shape)} to a quantized "
                 f"tensor of shape {tuple(self.shape)}"
             )
-        if isinstance(values, QuantizedTensor):
-            if _kind(values) == _kind(self):
-                self._cell[0] = values.quantized
-                return self
-            values = values.dequantize()
-        if self.quantizer is None:
-            raise RuntimeError(
-                "this quantized tensor has no quantizer: use it as a module's parameter"
-            )
-        self._cell[0] = self.quantizer.quantize(
-            values.detach().reshape(self.quantized.shape)
-        )
-        return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name the kind, the dtype and the shape."""
