@@ -241,7 +241,7 @@ def test_nvfp4_product_equals_transformer_engines(two_d: bool) -> None:
     weights = reference.NVFP4QuantizerRef(
         formats.E2M1, quant_tile_shape=(16, 16) if two_d else (1, 16)
     )
-    qx, qw = maker.to_quantized(x), weights.to_quantized(w)
+    qx, qw = maker.quantize(x), weights.quantize(w)
     wanted = maker.qgemm(
         qx.data,
         qw.data,
