@@ -4,7 +4,8 @@ import ast
 import inspect
 import io
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,9 +145,9 @@ def test_a_history_is_cut_or_padded_at_its_end() -> None:
     assert state.amax_history[:, 0].tolist() == [0, 1]
 
 
-def custom(role: te.QuantizerRole) -> te.Quantizer:
-    """Return MXFP8 for weights and inputs, and leave gradients as they are."""
-    if role.tensor_type.startswith("grad"):
+def custom(role: te.QuantizerRole | None) -> te.Quantizer:
+    """Return FP8 for weights and inputs, and leave gradients as they are."""
+    if role is None or role.tensor_type.startswith("grad"):
         return te.IdentityQuantizer()
     return te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3)
 
@@ -160,9 +161,9 @@ def test_a_custom_recipe_chooses_by_role() -> None:
         torch.randn(16, 48),
     )
     x.requires_grad_()
-    seen: list[te.QuantizerRole] = []
+    seen: list[te.QuantizerRole | None] = []
 
-    def factory(role: te.QuantizerRole) -> te.Quantizer:
+    def factory(role: te.QuantizerRole | None) -> te.Quantizer:
         seen.append(role)
         return custom(role)
 
@@ -175,14 +176,85 @@ def test_a_custom_recipe_chooses_by_role() -> None:
         return te.dequantize(*te.quantize_tensor(t, E4M3, scale))
 
     w = rounded(layer.weight.detach())
-    assert [(r.tensor_type, r.name) for r in seen[:2]] == [
-        ("input", "fc1"),
-        ("weight", "fc1"),
+    assert seen == [
+        te.QuantizerRole("linear", "input", "fc1"),
+        te.QuantizerRole("linear", "weight", "fc1"),
+        None,  # the output: who takes it is not known
+        te.QuantizerRole("linear", "grad_output", "fc1"),
+        None,
     ]
     assert isinstance(y, Tensor)
     torch.testing.assert_close(y, rounded(x.detach()) @ w.t())
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dy @ w)
+
+
+def their_roles(path: str, cls: str) -> Callable[..., Any]:
+    """Return a module's `get_quantizer_roles`, executed from its source."""
+    tree = ast.parse((te_source.folder() / path).read_text())
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls]
+    (function,) = (
+        n
+        for n in classes[0].body
+        if isinstance(n, ast.FunctionDef) and n.name == "get_quantizer_roles"
+    )
+    source = "from __future__ import annotations\n" + ast.unparse(function)
+    space: dict[str, Any] = {"QuantizerRole": te.QuantizerRole}
+    exec(source, space)
+    return cast("Callable[..., Any]", space["get_quantizer_roles"])
+
+
+@pytest.mark.parametrize("boundaries", [False, True], ids=["unknown", "said"])
+@pytest.mark.parametrize("name", [None, "layer"])
+@pytest.mark.parametrize(
+    ("path", "make", "gemms"),
+    [
+        ("module/linear", lambda n: te.Linear(16, 16, name=n), 1),
+        ("module/layernorm_linear", lambda n: te.LayerNormLinear(16, 16, name=n), 1),
+        ("module/layernorm_mlp", lambda n: te.LayerNormMLP(16, 16, name=n), 2),
+        (
+            "attention/dot_product_attention/dot_product_attention",
+            lambda n: te.DotProductAttention(1, 16, name=n),
+            3,
+        ),
+    ],
+)
+def test_roles_are_transformer_engines(
+    path: str, make: Callable[..., Any], gemms: int, name: str | None, boundaries: bool
+) -> None:
+    """Slot by slot; None where a module cannot know who takes its result."""
+    module = make(name)
+    roles = [te.QuantizerRole("x", "y", "z"), te.QuantizerRole("u")]
+    if boundaries:
+        module.output_quantizer_role, module.grad_input_quantizer_role = roles
+    wanted = roles if boundaries else [None, None]
+    theirs = their_roles(f"pytorch/{path}.py", type(module).__name__)
+    fake = SimpleNamespace(
+        name=name,
+        _output_quantizer_role=wanted[0],
+        _grad_input_quantizer_role=wanted[1],
+    )
+    for fwd, each in ((True, 3), (False, 2)):
+        found = module.get_quantizer_roles(fwd=fwd, num_quantizers=each * gemms)
+        assert found == theirs(fake, fwd=fwd, num_quantizers=each * gemms)
+    assert [module.output_quantizer_role, module.grad_input_quantizer_role] == wanted
+
+
+def test_a_role_that_is_set_makes_quantizers_anew() -> None:
+    """A second region with the same recipe asks again, once."""
+    seen: list[te.QuantizerRole | None] = []
+
+    def factory(role: te.QuantizerRole | None) -> te.Quantizer:
+        seen.append(role)
+        return te.IdentityQuantizer()
+
+    layer, recipe = te.Linear(16, 16), te.CustomRecipe(qfactory=factory)
+    role = te.QuantizerRole("dpa", "qkv")
+    for known in (None, role, role):
+        layer.output_quantizer_role = known
+        with te.autocast(recipe=recipe):
+            layer(torch.ones(16, 16))
+    assert [r for i, r in enumerate(seen) if i % 5 == 2] == [None, role]
 
 
 @pytest.mark.parametrize(

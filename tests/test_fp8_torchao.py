@@ -24,13 +24,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 Step = dict[str, Tensor]
 
 
-def tensorwise(role: te.QuantizerRole) -> te.Quantizer:
+def tensorwise(role: te.QuantizerRole | None) -> te.Quantizer:
     """Return a quantizer of the hybrid formats whose scale is a power of two."""
-    fmt = E5M2 if role.tensor_type.startswith("grad") else E4M3
+    fmt = E5M2 if role is not None and role.tensor_type == "grad_output" else E4M3
     return te.Float8CurrentScalingQuantizer(fmt, force_pow_2_scales=True)
 
 
-def rowwise(_role: te.QuantizerRole) -> te.Quantizer:
+def rowwise(_role: te.QuantizerRole | None) -> te.Quantizer:
     """Return a quantizer to E4M3 with a power of two for each row of up to 128."""
     return te.Float8BlockQuantizer(E4M3, block_scaling_dim=1)
 

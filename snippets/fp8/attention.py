@@ -129,25 +129,34 @@ class DotProductAttention(OneContextRank, TransformerEngineBaseModule):
             1.0 / math.sqrt(pair[0]) if softmax_scale is None else softmax_scale
         )
 
-    def quantizer_roles(self, forward: bool, count: int) -> list[QuantizerRole]:
-        """Return what each slot is for; attention in high precision uses none."""
+    def get_quantizer_roles(
+        self, *, fwd: bool, num_quantizers: int
+    ) -> list[QuantizerRole | None]:
+        """Return what each slot is for; attention in high precision uses none.
+
+        Args:
+            fwd: slots of queries, keys and values, of the output, of the softmax; else
+                of their gradients.
+            num_quantizers: of slots, three or two a tensor.
+        """
         name = self.name or ""
         dot = f"{name}." if name else ""
-        roles = (
+        roles: list[QuantizerRole | None] = (
             [
                 QuantizerRole("dpa", "qkv", name),
-                QuantizerRole(name=f"{dot}dpa_output"),
+                self.output_quantizer_role or QuantizerRole(name=f"{dot}dpa_output"),
                 QuantizerRole("dpa", "s", name),
             ]
-            if forward
+            if fwd
             else [
-                QuantizerRole(name=f"{dot}dpa_grad_input"),
+                self.grad_input_quantizer_role
+                or QuantizerRole(name=f"{dot}dpa_grad_input"),
                 QuantizerRole("dpa", "do", name),
                 QuantizerRole("dpa", "dp", name),
             ]
         )
-        each = 3 if forward else 2
-        return [roles[i // each] for i in range(count)]
+        each = 3 if fwd else 2
+        return [roles[i // each] for i in range(num_quantizers)]
 
     def forward(  # noqa: D417 - the last entry of Args has many names
         self,

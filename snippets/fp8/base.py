@@ -82,6 +82,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
         self.activation_dtype: torch.dtype | None = None
         self.weight_names: list[str] = []
         self._fp8_workspaces: dict[str, Quantized] = {}
+        self._boundary_roles: tuple[QuantizerRole | None, ...] = (None, None)
         self._init_methods: dict[str, tuple[InitMethod, int | None]] = {}
         self._registered = False
         self._last_region = 0
@@ -130,15 +131,49 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
 
     # --------------------------------------------------------- quantization state
 
-    def quantizer_roles(self, forward: bool, count: int) -> list[QuantizerRole]:
-        """Return what each slot is for; ``CustomRecipe`` functions get it."""
-        kinds = (
-            ("input", "weight", "output") if forward else ("grad_output", "grad_input")
-        )
-        return [
-            QuantizerRole("linear", kinds[i % len(kinds)], self.name or "")
-            for i in range(count)
-        ]
+    @property
+    def output_quantizer_role(self) -> QuantizerRole | None:
+        """What the output is for, if a caller has said it; else None.
+
+        A module does not know who takes its output, or the gradient of its input. The
+        function of a ``CustomRecipe`` gets None for these slots, here as in Transformer
+        Engine; setting a role makes the quantizers anew.
+        """
+        return self._boundary_roles[0]
+
+    @output_quantizer_role.setter
+    def output_quantizer_role(self, role: QuantizerRole | None) -> None:
+        self._set_boundary_roles(role, self._boundary_roles[1])
+
+    @property
+    def grad_input_quantizer_role(self) -> QuantizerRole | None:
+        """What the gradient of the input is for: as :attr:`output_quantizer_role`."""
+        return self._boundary_roles[1]
+
+    @grad_input_quantizer_role.setter
+    def grad_input_quantizer_role(self, role: QuantizerRole | None) -> None:
+        self._set_boundary_roles(self._boundary_roles[0], role)
+
+    def _set_boundary_roles(self, *roles: QuantizerRole | None) -> None:
+        recipe = self.fp8_meta.get("recipe")
+        if roles != self._boundary_roles and recipe is not None and recipe.custom():
+            self.quantizers = {"scaling_fwd": [], "scaling_bwd": []}
+        self._boundary_roles = roles
+
+    def get_quantizer_roles(
+        self, *, fwd: bool, num_quantizers: int
+    ) -> list[QuantizerRole | None]:
+        """Return what each slot is for; ``CustomRecipe`` functions get it.
+
+        Args:
+            fwd: slots [input, weight, output], else [grad_output, grad_input].
+            num_quantizers: of slots; with several products the pattern is repeated.
+        """
+        name = self.name or ""
+        kinds = ("input", "weight") if fwd else ("grad_output",)
+        roles = [QuantizerRole("linear", kind, name) for kind in kinds]
+        pattern = [*roles, self._boundary_roles[0 if fwd else 1]]
+        return [pattern[i % len(pattern)] for i in range(num_quantizers)]
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """Make the state of the active recipe, or keep it if there already is one."""
@@ -188,7 +223,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
                 if isinstance(recipe, DelayedScaling)
                 else None
             )
-            roles = self.quantizer_roles(forward, count)
+            roles = self.get_quantizer_roles(fwd=forward, num_quantizers=count)
             made[key] = (
                 state,
                 make_quantizers(recipe, forward, count, state, roles),

@@ -188,29 +188,38 @@ class LayerNormMLP(TransformerEngineBaseModule):
         """Fill the norm's parameters anew; deprecated, as in Transformer Engine."""
         reset_norm_parameters(self)
 
-    def quantizer_roles(self, forward: bool, count: int) -> list[QuantizerRole]:
-        """Return what each slot is for; the two layers are ``fc1`` and ``fc2``."""
+    def get_quantizer_roles(
+        self, *, fwd: bool, num_quantizers: int
+    ) -> list[QuantizerRole | None]:
+        """Return what each slot is for; the two layers are ``fc1`` and ``fc2``.
+
+        Args:
+            fwd: slots of the forward pass, else of gradients.
+            num_quantizers: of slots.
+        """
         prefix = f"{self.name}." if self.name else ""
-        fc1, fc2 = f"{prefix}fc1", f"{prefix}fc2"
-        kinds = (
+
+        def role(kind: str, layer: str) -> QuantizerRole:
+            return QuantizerRole("linear", kind, prefix + layer)
+
+        pattern = (
             [
-                ("input", fc1),
-                ("weight", fc1),
-                ("input", fc2),
-                ("input", fc2),
-                ("weight", fc2),
-                ("output", fc2),
+                role("input", "fc1"),
+                role("weight", "fc1"),
+                role("input", "fc2"),  # who takes the first layer's output
+                role("input", "fc2"),
+                role("weight", "fc2"),
+                self.output_quantizer_role,
             ]
-            if forward
+            if fwd
             else [
-                ("grad_output", fc1),
-                ("grad_input", fc1),
-                ("grad_output", fc2),
-                ("grad_output", fc1),
+                role("grad_output", "fc1"),
+                self.grad_input_quantizer_role,
+                role("grad_output", "fc2"),
+                role("grad_output", "fc1"),  # who takes fc2's gradient of its input
             ]
         )
-        chosen = [kinds[i % len(kinds)] for i in range(count)]
-        return [QuantizerRole("linear", kind, name) for kind, name in chosen]
+        return [pattern[i % len(pattern)] for i in range(num_quantizers)]
 
     def forward(
         self, inp: Tensor, is_first_microbatch: bool | None = None

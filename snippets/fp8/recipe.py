@@ -466,6 +466,9 @@ class NVFP4BlockScaling(Recipe):
 class CustomRecipe(Recipe):
     """Quantizers from ``qfactory(role)``; ``role`` is a ``QuantizerRole``.
 
+    It is None for a module's output and the gradient of its input, whose user a module
+    does not know; the function must return a quantizer for these, too.
+
     Raises:
         ValueError: ``quantization_alignment`` is not positive.
     """

@@ -135,7 +135,7 @@ def make_quantizers(
     forward: bool,
     count: int,
     state: DelayedScalingState | None,
-    roles: Sequence[QuantizerRole],
+    roles: Sequence[QuantizerRole | None],
 ) -> list[Quantizer]:
     """Return the quantizers of a module's slots in one pass.
 
@@ -144,7 +144,7 @@ def make_quantizers(
         forward: slots [input, weight, output, ...], else [grad_output, grad_input].
         count: number of slots.
         state: the state of delayed scaling, else None.
-        roles: one role a slot, for ``CustomRecipe``.
+        roles: one role a slot, for ``CustomRecipe``; None where it is not known.
 
     Raises:
         ValueError: a ``CustomRecipe`` returned no quantizer for a slot.
@@ -221,7 +221,7 @@ def _nvfp4(recipe: Any, kind: str, dtype: torch.dtype) -> Quantizer:
     )
 
 
-def _custom(recipe: CustomRecipe, role: QuantizerRole, slot: int) -> Quantizer:
+def _custom(recipe: CustomRecipe, role: QuantizerRole | None, slot: int) -> Quantizer:
     made = recipe.qfactory(role)
     if isinstance(made, QuantizerRequest):
         raise NotImplementedError(
