@@ -1,4 +1,4 @@
-"""Tests of snippets/numerics_monitor.py, as read in guide/monitor_a_run."""
+"""Tests of snippets/numerics_monitor, as read in guide/monitor_a_run."""
 
 import json
 import logging

@@ -1,0 +1,56 @@
+"""What is read from tensors: whether all is finite, and a sample of the values."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def floats(things: object) -> Iterator[Tensor]:
+    """Yield the dense float tensors among a module's arguments or outputs."""
+    if isinstance(things, Tensor):
+        if things.is_floating_point() and things.layout is torch.strided:
+            yield things
+    elif isinstance(things, (list, tuple, dict)):
+        for thing in things.values() if isinstance(things, dict) else things:
+            yield from floats(thing)
+
+
+def total(tensor: Any) -> Tensor:  # noqa: ANN401
+    """Return a sum that is finite if all values are: float16 would overflow."""
+    values: Tensor = tensor.detach()
+    is_narrow = values.dtype == torch.float16 or values.dtype.itemsize == 1
+    return values.sum(dtype=torch.float32 if is_narrow else None)
+
+
+def finite(numbers: list[Tensor]) -> list[bool]:
+    """Ask of numbers whether they are finite: once for each device and dtype."""
+    alike: dict[Any, list[int]] = {}
+    for i, number in enumerate(numbers):
+        alike.setdefault((number.device, number.dtype), []).append(i)
+    flags = [False] * len(numbers)
+    for at in alike.values():
+        answers = torch.stack([numbers[i] for i in at]).isfinite().tolist()
+        for i, flag in zip(at, answers, strict=True):
+            flags[i] = flag
+    return flags
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Tell whether every value of every tensor is finite."""
+    return all(finite([total(tensor) for tensor in tensors]))
+
+
+def sampled(tensor: Any, sample: int) -> Tensor:  # noqa: ANN401
+    """Return all values of a tensor, or about ``sample`` of a larger one's, evenly.
+
+    They are a view where the tensor's layout has one.
+    """
+    values = tensor.detach()
+    if values.layout is not torch.strided:
+        values = values.to_dense()
+    elif type(values) is not Tensor and hasattr(values, "_make_wrapper_subclass"):
+        values = values.dequantize()
+    flat: Tensor = values.reshape(-1)[:: max(1, values.numel() // sample)]
+    return flat
