@@ -385,6 +385,41 @@ def test_underflow_is_judged_at_the_scale() -> None:
     assert shares == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_step_is_measured_as_another(fused: bool) -> None:
+    """The scaler leaves it gradients that are scaled, which the measure allows for."""
+    weight = nn.Parameter(torch.ones(4))
+    model = nn.ParameterList([weight])
+    optimizer = SGD(model.parameters(), lr=1.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    monitor = NumericsMonitor(format=torch.float16, rules={"max_underflow": "ignore"})
+    factors = torch.tensor([0.0, 2.0**-40, 2.0**-30, 1.0])
+    with monitor.attach(model, scaler=scaler):
+        torch.autograd.backward(scaler.scale((weight * factors).sum()))
+        scaler.step(optimizer)
+        scaler.update()
+
+    record = monitor.records[0]
+    assert (record["zero"], record["underflow"]) == (1 / 4, 1 / 3)
+
+
+def test_weights_that_are_meant_to_stay_are_not_lost() -> None:
+    """At a learning rate of 0, as a warmup begins with, no update can be lost."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    first: dict[str, Any] = {"params": model[0].parameters(), "lr": 0.0}
+    groups = [first, {"params": model[1].parameters()}]
+    monitor = NumericsMonitor(interval=1, rules={"max_lost": "raise"})
+    optimizer = SGD(groups, lr=1.0)
+    with monitor.attach(model):
+        for lr in (1.0, 0.0):
+            optimizer.param_groups[1]["lr"] = lr
+            torch.autograd.backward(model(torch.ones(2, 8).bfloat16()).sum())
+            optimizer.step()
+
+    assert monitor.records[0]["lost"] == 0
+    assert "lost" not in monitor.records[1]
+
+
 def test_a_collapsing_scale_is_told_once_by_each_rule() -> None:
     """NaN at each step: skips in a row, then a scale below its limit; told once."""
     model = nn.Linear(2, 1)
@@ -413,6 +448,57 @@ def test_a_collapsing_scale_is_told_once_by_each_rule() -> None:
     assert all(r["skipped"] for r in monitor.records)
     assert (monitor.skips, monitor.consecutive_skips, monitor.step) == (9, 9, 9)
     assert "step" not in vars(scaler)
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad"), [("max_lost", 2.0**-12), ("nonfinite", math.nan)]
+)
+def test_a_rule_is_told_again_once_it_has_held(rule: str, bad: float) -> None:
+    """Bad, bad, good, bad: it is told at the first and at the last."""
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    model = nn.ParameterList([weight])
+    optimizer = SGD(model.parameters(), lr=1.0)
+    monitor = NumericsMonitor(interval=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NumericsWarning)
+        with monitor.attach(model):
+            for grad in (bad, bad, 0.5, bad):
+                weight.data.fill_(1.0)
+                weight.grad = torch.full_like(weight, grad)
+                optimizer.step()
+
+    told = [str(w.message) for w in caught]
+    assert [(t.partition(":")[0], t[-6:]) for t in told] == [
+        (rule, "step 0"),
+        (rule, "step 3"),
+    ]
+
+
+def test_rules_of_a_scaler_are_told_again_once_they_have_held() -> None:
+    """Skipped, skipped, taken, taken, skipped: each is told at the first and last."""
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    rules: dict[str, Any] = {"max_consecutive_skips": 0, "min_scale": 3.0}
+    monitor = NumericsMonitor(interval=1, rules={**rules, "nonfinite": "ignore"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NumericsWarning)
+        with monitor.attach(model, scaler=scaler):
+            for value in (math.nan, math.nan, 1.0, 1.0, math.nan):
+                loss = model(torch.full((1, 2), value)).sum()
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+    assert [r["scale"] for r in monitor.records] == [4.0, 2.0, 1.0, 2.0, 4.0]
+    told = [str(w.message) for w in caught]
+    assert [(t.partition(":")[0], t[-6:]) for t in told] == [
+        ("max_consecutive_skips", "step 0"),
+        ("min_scale", "step 0"),
+        ("max_consecutive_skips", "step 4"),
+        ("min_scale", "step 4"),
+    ]
 
 
 def test_skips_in_a_row_are_counted_for_each_optimizer() -> None:
@@ -505,6 +591,43 @@ def test_closures_are_seen_before_the_update() -> None:
     assert monitor.records[0]["update_ratio"] > 0
 
 
+def test_a_closure_that_is_called_again_begins_no_other_step() -> None:
+    """Of several calls the first one's weights and gradients count."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.LBFGS([weight], lr=0.25, max_iter=3, tolerance_change=0)
+    step: Any = optimizer.step
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = (weight - 3).square().sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    with NumericsMonitor(interval=1).attach(nn.ParameterList([weight])) as monitor:
+        step(closure)
+
+    assert optimizer.state[weight]["func_evals"] > 1
+    change = weight.item() - 1
+    assert monitor.records[0]["update_ratio"] == pytest.approx(change)
+
+
+def test_an_optimizer_within_another_makes_no_step_of_its_own() -> None:
+    """A wrapper's step that calls another's, over the same weights, is one step."""
+
+    class Wrapper(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ANN401
+            inner.step(closure)
+
+    model = nn.Linear(2, 1)
+    inner, outer = SGD(model.parameters(), lr=0.1), Wrapper(model.parameters(), lr=0.1)
+    with NumericsMonitor(interval=1).attach(model) as monitor:
+        for _ in range(2):
+            torch.autograd.backward(model(torch.ones(1, 2)).sum())
+            outer.step()
+
+    assert [(r["step"], r["optimizer"]) for r in monitor.records] == [(0, 0), (1, 0)]
+
+
 def test_functional_code_and_checkpoints_are_located() -> None:
     """Between two modules: the later; after the last: said so; in a checkpoint."""
 
@@ -585,6 +708,62 @@ def test_of_two_readers_the_one_with_bad_weights_is_named() -> None:
     assert monitor.records[0]["nonfinite"] == {"module": "sick", "phase": "backward"}
 
 
+def test_a_module_that_writes_in_place_is_named() -> None:
+    """The derivative of a root at 0 is infinite, though it is the stem's tensor."""
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sqrt_()
+
+    model = nn.Sequential(nn.Linear(8, 8), Root(), nn.LeakyReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p.zero_()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        torch.autograd.backward(model(torch.ones(2, 8)).sum())
+        optimizer.step()
+
+    assert monitor.records[0]["nonfinite"] == {"module": "1", "phase": "backward"}
+
+
+def test_a_module_whose_infinities_are_usual_is_not_named() -> None:
+    """A mask of -Inf is there in healthy steps too; the fault is after it."""
+
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(torch.eye(8).bool(), -math.inf)
+
+    model = nn.Sequential(nn.Linear(8, 8), Mask(), nn.Softmax(-1), Fault(2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        for _ in range(3):
+            torch.autograd.backward(model(torch.ones(8, 8)).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = [r["nonfinite"] for r in monitor.records]
+    assert found == [None, {"module": "3", "phase": "forward"}]
+
+
+def test_without_modules_that_run_the_last_parameter_is_named() -> None:
+    """Backward comes to it first; all that is known is whose gradients are bad."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    model = Functional()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        h = torch.ones(2, 8) @ model.a.weight @ model.b.weight
+        torch.autograd.backward((((h * 0).sqrt()) @ model.c.weight).sum())
+        optimizer.step()
+
+    assert monitor.records[0]["nonfinite"] == {"module": "b", "phase": "backward"}
+
+
 # FP8
 
 
@@ -640,6 +819,25 @@ def test_amax_of_fp8_tensors_is_recorded() -> None:
         assert {"0.grad_output", "1.input", "1.grad_output"} <= set(first)
         if recipe.delayed():
             assert first["0.weight"] == pytest.approx(weights.item(), rel=1e-6)
+
+
+def test_amax_of_a_step_is_that_of_its_largest_micro_batch() -> None:
+    """Whichever comes first; what comes in between measurements does not count."""
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    model = fp8.Linear(32, 16)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    with NumericsMonitor(interval=2).attach(model) as monitor:
+        for factors in ((4.0, 1.0), (8.0,), (1.0, 2.0)):
+            for factor in factors:
+                with fp8.autocast(enabled=True, recipe=fp8.Float8CurrentScaling()):
+                    out = model(x * factor)
+                torch.autograd.backward(out.float().square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    largest = x.abs().amax().item()
+    amax = [r["amax"][".input"] for r in monitor.records]
+    assert amax == [4 * largest, 2 * largest]
 
 
 @pytest.mark.filterwarnings("ignore:fp8_autocast is deprecated")  # Lightning's
@@ -714,6 +912,51 @@ def test_records_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
             assert [json.loads(x).get("step") for x in lines[1:]] == list(
                 range(step + 1)
             )
+
+
+def test_counts_that_come_after_the_setup_continue_the_file(tmp_path: Path) -> None:
+    """As with Fabric, which attaches before it loads."""
+    path = tmp_path / "run.jsonl"
+
+    def train(monitor: NumericsMonitor, steps: int) -> None:
+        model = nn.Linear(2, 1)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        with monitor.attach(model):
+            if steps == 1:
+                monitor.load_state_dict({"step": 2, "skips": 1, "consecutive_skips": 0})
+            for _ in range(steps):
+                torch.autograd.backward(model(torch.ones(1, 2)).sum())
+                optimizer.step()
+
+    train(NumericsMonitor(path, interval=1), 4)
+    second = NumericsMonitor(path, interval=1)
+    train(second, 1)
+
+    assert [r["step"] for r in second.records] == [0, 1, 2]
+    assert NumericsMonitor.load(path).records == second.records
+
+
+def test_only_the_first_rank_writes_and_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank keeps its records; one file and one line in a log are enough."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for rank, steps in seen.items():
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        model = nn.Linear(2, 1)
+        monitor = NumericsMonitor(tmp_path / f"{rank}.jsonl")
+
+        def log(_: dict[str, float], step: int, steps: list[int] = steps) -> None:
+            steps.append(step)
+
+        with monitor.attach(model, log=log):
+            torch.autograd.backward(model(torch.ones(1, 2)).sum())
+            SGD(model.parameters(), lr=0.1).step()
+        assert len(monitor.records) == 1
+
+    assert seen == {0: [0], 1: []}
+    assert [path.name for path in tmp_path.iterdir()] == ["0.jsonl"]
 
 
 def test_fabric_checkpoints_carry_the_counts(tmp_path: Path) -> None:
@@ -822,6 +1065,21 @@ def test_wrong_arguments_are_refused() -> None:
         monitor.attach(model)
     assert hooks(model) == 0
     assert set(monitor.rules) == set(RULES)
+
+
+def test_a_run_that_begins_ends_the_one_before() -> None:
+    """A model that is set up second, or trained, takes the place of the first."""
+    monitor = NumericsMonitor(interval=1, rules={"max_lost": "ignore"})
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=monitor)
+    first, second, lit = nn.Linear(2, 1), nn.Linear(2, 1), Lit()
+    for module in (first, second):
+        fabric.setup(module, SGD(module.parameters(), lr=0.1))
+    assert not first._forward_hooks
+    assert second._forward_hooks
+    trainer("32-true", monitor).fit(lit, loader(2))
+
+    assert hooks(second) == hooks(lit) == 0
+    assert len(monitor.records) == 2
 
 
 def test_optimizers_of_other_models_are_left_alone() -> None:
