@@ -1,4 +1,4 @@
-"""Tests of snippets/find_first_bad_module.py, as read in its guide."""
+"""Tests of snippets/find_first_bad_module, as read in its guide."""
 
 import copy
 import logging
