@@ -403,7 +403,8 @@ def _recommend(
     [(runs_on, tasks)] = [c[2:] for c in _rows(_FRAMEWORKS) if c[0] == framework]
     device = HARDWARE[hardware].device
     if not has & set(runs_on.split()):
-        kinds = " or ".join(runs_on.upper().split()).replace("FP8", "GPUs with FP8")
+        kinds = " or ".join(runs_on.upper().split())
+        kinds = kinds.replace("FP8", "NVIDIA's GPUs with FP8")  # AMD's have another one
         page = "guide/fp8" if runs_on == "fp8" else "guide/precision_names"
         return Note(f"{framework} runs on {kinds}, not on {device}", page)
     if not _fits(task, tasks):

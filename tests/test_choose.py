@@ -157,7 +157,7 @@ def test_what_makes_no_sense_is_a_located_error(tmp_path: Path) -> None:
         ("h200x lightning 7e9 pretrain", "hardware must be one of .*'h200x'"),
         ("h100 lightning many pretrain", "could not convert string to float"),
         ("h100 lightning nan pretrain", "from 1 to 1e15, got nan"),
-        ("a100 transformer-engine 7e9 pretrain", "runs on GPUs with FP8"),
+        ("a100 transformer-engine 7e9 pretrain", "runs on NVIDIA's GPUs with FP8"),
         ("h100 lightning 7e9", "4 argument"),
     ]
     text = "".join(f"\n```{{precision-chooser}} {case}\n```\n" for case, _ in senseless)
@@ -414,7 +414,7 @@ def test_half_a_number_is_no_mistake_until_typing_rests(chooser: Chooser) -> Non
 def test_a_refusal_leads_to_what_is_nearest(chooser: Chooser) -> None:
     """Its link opens that answer, for the same task and size."""
     chooser.go("#hardware=a100&framework=transformer-engine&parameters=1.5B")
-    assert "Transformer-engine runs on GPUs with FP8" in chooser.text("why")
+    assert "Transformer-engine runs on NVIDIA's GPUs with FP8" in chooser.text("why")
     chooser.page.locator(".hb-choose__near a").click()
 
     assert chooser.text("setting") == "torch.autocast(device, torch.bfloat16)"

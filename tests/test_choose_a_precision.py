@@ -88,7 +88,8 @@ def test_torch_answers_everywhere_but_for_float64_on_apple_gpus() -> None:
 def test_refusals_say_which_of_three_things_is_missing() -> None:
     """A device, the framework's purpose, or float64, each with its page."""
     said = {
-        ("a100", "transformer-engine", "pretrain"): ("runs on GPUs with FP8", "fp8"),
+        ("a100", "transformer-engine", "pretrain"): ("GPUs with FP8, not on", "fp8"),
+        ("mi300x", "transformer-engine", "rl"): ("runs on NVIDIA's GPUs", "fp8"),
         ("cpu", "megatron", "pretrain"): ("runs on CUDA, not on", "precision_names"),
         ("h100", "nemo-rl", "pretrain"): ("not made for pretrain", "precision_names"),
         ("h100", "accelerate", "scientific"): ("no name for float64", "double"),
