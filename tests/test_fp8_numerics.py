@@ -700,9 +700,10 @@ def test_nvfp4_equals_transformer_engine(
         assert same(ours[2].view(1), amax)
 
 
+@pytest.mark.parametrize("signs", [True, False])
 @pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"tiny", "subnormal"}))
 def test_nvfp4_with_hadamard_equals_transformer_engine(
-    nvfp4: ModuleType, name: str
+    nvfp4: ModuleType, name: str, signs: bool
 ) -> None:
     """It is applied to the transposed only, and amax is taken after it.
 
@@ -712,9 +713,11 @@ def test_nvfp4_with_hadamard_equals_transformer_engine(
     if name == "huge":
         x = x / 64  # sums overflow, in the reference too
     reference = nvfp4.NVFP4QuantizerRef(
-        nvfp4.reference_utils.Fp4Formats.E2M1, with_rht=True
+        nvfp4.reference_utils.Fp4Formats.E2M1,
+        with_rht=True,
+        with_random_sign_mask=signs,
     ).quantize(x)
-    ours = quantize_nvfp4(x.mT, hadamard=True)
+    ours = quantize_nvfp4(x.mT, hadamard=True, random_signs=signs)
     assert torch.equal(ours[0], reference.data_t)
     assert same(ours[1], reference.scale_t)
     assert same(ours[2].view(1), reference.global_amax_col)

@@ -47,8 +47,9 @@ def test_formats_of_both_passes(
     """HYBRID is E4M3 forward and E5M2 backward; E4M3 is E4M3 in both."""
     made = recipe(fp8_format=fmt)
 
-    assert [q.dtype for q in slots(made, forward=True)] == [E4M3] * 3
-    backward = E5M2 if fmt is te.Format.HYBRID else E4M3
+    assert [q.dtype for q in slots(made, forward=True)] == [te.DType.kFloat8E4M3] * 3
+    hybrid = fmt is te.Format.HYBRID
+    backward = te.DType.kFloat8E5M2 if hybrid else te.DType.kFloat8E4M3
     assert [q.dtype for q in slots(made, forward=False)] == [backward] * 2
 
 
@@ -337,7 +338,6 @@ def test_quantizers_take_the_arguments_of_transformer_engine_s(
         {"row_scaled_nvfp4": True},
         {"nvfp4_use_4over6": True},
         {"with_amax_reduction": True},
-        {"with_random_sign_mask": False},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -405,6 +405,26 @@ def test_plain_values_are_not_rounded() -> None:
     assert Packed(x).full().equal(x)
 
 
+@pytest.mark.parametrize("signs", [True, False])
+def test_signs_of_the_hadamard_transform_are_an_option(signs: bool) -> None:
+    """Of the columnwise direction, which alone is transformed."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantizer = te.NVFP4Quantizer(with_rht=True, with_random_sign_mask=signs)
+    made = quantizer.to_quantized(x)
+    assert made.rowwise is not None
+    assert made.columnwise is not None
+    for packed, wanted in (
+        (made.rowwise, te.quantize_nvfp4(x)),
+        (
+            made.columnwise,
+            te.quantize_nvfp4(x.t(), hadamard=True, random_signs=signs),
+        ),
+    ):
+        assert torch.equal(packed.codes, wanted[0])
+        assert packed.amax is not None
+        assert torch.equal(packed.amax, wanted[2])
+
+
 def test_quantizers_have_transformer_engines_methods() -> None:
     """A call is `quantize`, `out` is written in place, and a copy shares the state."""
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
@@ -428,14 +448,12 @@ def test_what_a_quantizer_has_not_is_refused() -> None:
     """By name, as not emulated, or as unknown; a wrong `out` is left as it was."""
     quantizer: Any = te.MXFP8Quantizer(E4M3)
     out = quantizer(torch.ones(32, 64))
-    with pytest.raises(AttributeError, match=r"MXFP8Quantizer\.make_empty is not"):
-        quantizer.make_empty((32, 64))
+    with pytest.raises(AttributeError, match=r"MXFP8Quantizer\.quantize_impl is not"):
+        quantizer.quantize_impl((32, 64))
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         quantizer.quantise(torch.ones(32, 64))
     with pytest.raises(ValueError, match=r"shape \(64, 64\) to a quantized tensor of"):
         quantizer.quantize(torch.zeros(64, 64), out=out)
-    with pytest.raises(NotImplementedError, match="noop_flag"):
-        quantizer.update_quantized(out, out, noop_flag=torch.zeros(1))
     with pytest.raises(TypeError, match="must be a QuantizedTensor, it is a Tensor"):
         quantizer.quantize(torch.ones(32, 64), out=torch.ones(32, 64))
     assert torch.equal(out.dequantize(), torch.ones(32, 64))

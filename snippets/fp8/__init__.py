@@ -18,6 +18,13 @@ from .attention import DotProductAttention
 from .checkpoint import checkpoint
 from .gemm import scaled_matmul
 from .install import install, installed, uninstall
+from .kinds import (
+    Float8BlockwiseQTensor,
+    Float8Tensor,
+    IdentityTensor,
+    MXFP8Tensor,
+    NVFP4Tensor,
+)
 from .layernorm_linear import LayerNormLinear
 from .layernorm_mlp import LayerNormMLP
 from .linear import Linear
@@ -74,14 +81,7 @@ from .state import (
     is_nvfp4_available,
     quantized_model_init,
 )
-from .tensor import (
-    Float8BlockwiseQTensor,
-    Float8Tensor,
-    IdentityTensor,
-    MXFP8Tensor,
-    NVFP4Tensor,
-    QuantizedTensor,
-)
+from .tensor import QuantizedTensor
 from .transformer import TransformerLayer
 
 __all__ = [

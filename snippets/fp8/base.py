@@ -269,8 +269,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
             if len(state.amax_history) == recipe.amax_history_len:
                 continue
             state.resize(recipe.amax_history_len)
-            dtype = self.quantizers[key][0].dtype
-            self.quantizers[key] = state.quantizers(dtype)
+            self.quantizers[key] = state.quantizers(self.quantizers[key][0].dtype)
             if key == "scaling_fwd":
                 self._renew_weight_quantizers(warn=True)
 
@@ -554,8 +553,7 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
         for key in ("scaling_fwd", "scaling_bwd"):
             state = new.fp8_meta.get(key)
             if isinstance(state, DelayedScalingState):
-                dtype = new.quantizers[key][0].dtype
-                new.quantizers[key] = state.quantizers(dtype)
+                new.quantizers[key] = state.quantizers(new.quantizers[key][0].dtype)
         new._renew_weight_quantizers()
         return new
 

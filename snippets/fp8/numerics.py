@@ -233,7 +233,7 @@ def _exponent_up(value: Tensor) -> Tensor:
     return (exponent + up.int()).clamp_(max=254)
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
+def hadamard_transform(x: Tensor, random_signs: bool = True) -> Tensor:
     """Return ``x`` with each 16 elements of a row rotated by one orthogonal matrix.
 
     ``x @ diag(signs) @ H / 4``, with Sylvester's Hadamard matrix ``H`` of order 16 and
@@ -242,6 +242,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
     Args:
         x: bfloat16, as in Transformer Engine, [..., K], K a multiple of 16.
+        random_signs: Multiply by the signs; else ``H`` alone.
 
     Returns:
         bfloat16, the shape of ``x``.
@@ -266,7 +267,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
     place = torch.arange(_NVFP4_BLOCK)
     both = place[:, None] & place
     # Minus where the two places have an odd number of common bits, or the sign is one.
-    odd = sum((both >> bit) & 1 for bit in range(4)) + ((_SIGNS >> place[:, None]) & 1)
+    signs = _SIGNS if random_signs else 0
+    odd = sum((both >> bit) & 1 for bit in range(4)) + ((signs >> place[:, None]) & 1)
     matrix = (0.25 - 0.5 * (odd % 2)).to(x.device)
     # In float32: bfloat16 units of processors take subnormals for zero.
     return (x.reshape(-1, _NVFP4_BLOCK).float() @ matrix).to(x.dtype).view(x.shape)
@@ -278,6 +280,8 @@ def quantize_nvfp4(
     hadamard: bool = False,
     stochastic: bool = False,
     generator: Generator | None = None,
+    *,
+    random_signs: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return FP4 codes of ``x`` with an E4M3 scale for each 16 and one for the tensor.
 
@@ -294,6 +298,7 @@ def quantize_nvfp4(
             gradient, which are passed transposed. bfloat16 only.
         stochastic: Round the codes at random, for gradients.
         generator: Of the random numbers, 8 bits an element, drawn in logical order.
+        random_signs: Of the Hadamard transform.
 
     Returns:
         codes: uint8, [..., K / 2], element 0 in the low nibble.
@@ -319,7 +324,7 @@ def quantize_nvfp4(
         msg = f"NVFP4 requires tensor dims that are divisible by 16 (got shape={dims})"
         raise ValueError(msg)
     if hadamard:
-        x = hadamard_transform(x)
+        x = hadamard_transform(x, random_signs)
     amax = compute_amax(x)
     tiles = _tiles(x, (_NVFP4_BLOCK if two_d else 1, _NVFP4_BLOCK))
     largest = torch.tensor(_NVFP4_RANGE, device=x.device)

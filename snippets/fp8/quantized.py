@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .gemm import Operand, decode_operand, scaled_matmul
 from .numerics import dequantize
@@ -60,6 +61,58 @@ class Packed(NamedTuple):
         else:
             values = dequantize(self.codes, self.inv_scale, self.amax, dtype=dtype)
         return values.t() if self.transposed else values
+
+    def stored_codes(self, shape: Sequence[int], transposed: bool) -> Tensor:
+        """Return the codes as Transformer Engine's tensors keep them.
+
+        Args:
+            shape: of the whole tensor, [..., columns].
+            transposed: keep [columns, ...], not [..., columns].
+
+        Returns:
+            uint8, contiguous, two codes a byte for NVFP4; it shares the memory of the
+            codes where they lie so.
+        """
+        codes = self.codes if self.transposed == transposed else self.codes.t()
+        codes = codes.contiguous().view(torch.uint8)
+        kept = [*shape[-1:], *shape[:-1]] if transposed else list(shape)
+        if kept and self.codes.dtype == torch.uint8:
+            kept[-1] //= 2
+        return codes.reshape(kept)
+
+    def stored_scales(self, columnwise: bool) -> Tensor:
+        """Return ``inv_scale`` as Transformer Engine's tensors keep it.
+
+        That is before it is swizzled for a kernel: E8M0 and E4M3 as uint8, and padded
+        with zeros, as kernels take them.
+
+        Returns:
+            float32 [1] for one scale; uint8 [rows, blocks], padded to multiples of
+            [128, 4], and [blocks, columns] of [4, 128] for MXFP8, [columns, blocks] of
+            [128, 4] for NVFP4; float32 for blocks of 128: [blocks, rows] or
+            [blocks, columns] where they are 1 x 128, [blocks, blocks] (transposed where
+            ``columnwise``) where they are square, the last padded to a multiple of 4.
+        """
+        scale = self.inv_scale
+        assert scale is not None
+        if not scale.dim():
+            return scale.reshape(1)
+        if scale.dtype == torch.float32:
+            if scale.shape[0] == self.codes.shape[0]:  # 1 x 128
+                scale = scale.t()
+            return _padded(scale, 1, 4)
+        if scale.dtype == torch.float8_e4m3fn:
+            return _padded(scale.view(torch.uint8), 128, 4)
+        scale = scale.view(torch.uint8)
+        if scale.shape[0] != self.codes.shape[0]:  # of 32 x 32: each stands 32 times
+            scale = scale.repeat_interleave(32, 0)
+        scale = scale.t() if self.transposed else scale
+        return _padded(scale, 4, 128) if columnwise else _padded(scale, 128, 4)
+
+
+def _padded(scale: Tensor, rows: int, columns: int) -> Tensor:
+    missing = (0, -scale.shape[1] % columns, 0, -scale.shape[0] % rows)
+    return pad(scale, missing).contiguous()
 
 
 class Quantized:

@@ -86,9 +86,9 @@ TE_DType = {
 TE_DType_To_Torch = {tag: dtype for dtype, tag in TE_DType.items()}
 
 
-def _format(dtype: "DType | torch.dtype") -> torch.dtype:
-    found = TE_DType_To_Torch.get(dtype) if isinstance(dtype, DType) else dtype
-    if found not in (torch.float8_e4m3fn, torch.float8_e5m2):
+def _tag(dtype: "DType | torch.dtype") -> DType:
+    found = TE_DType.get(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if found not in (DType.kFloat8E4M3, DType.kFloat8E5M2):
         raise ValueError(
             f"fp8_dtype is {dtype!r}, it must be DType.kFloat8E4M3 or kFloat8E5M2."
         )
@@ -101,12 +101,16 @@ _NOT_EMULATED = (
     "alloc_tensors",
     "create_metadata",
     "create_tensor_from_data",
+    "get_columnwise_shape",
+    "get_scale_shape",
     "inner_tensor_specs",
-    "make_empty",
+    "is_quantizable",
+    "is_requantization_safe",
     "onnx_dequantize",
     "onnx_quantize",
     "quantize_impl",
     "storage_metadata",
+    "supports_only_rowwise_all_gather",
 )
 
 
@@ -153,12 +157,13 @@ class Quantizer:
         Its gradient is that of ``tensor``: rounding has none.
 
         Args:
-            tensor: at least one dimension; float32, bfloat16 or float16.
+            tensor: float32, bfloat16 or float16.
             out: a ``QuantizedTensor`` to write to, of the same shape.
             dtype: changes nothing, as in Transformer Engine.
 
         Returns:
-            A ``QuantizedTensor`` of the shape and dtype of ``tensor``, or ``out``.
+            A ``QuantizedTensor`` of the shape of ``tensor``, or ``out``. It reads as
+            the dtype of ``tensor``, or that which an ``IdentityQuantizer`` casts to.
         """
         if out is not None:
             return self.update_quantized(tensor, out)
@@ -174,23 +179,62 @@ class Quantizer:
     ) -> Tensor:
         """Write ``src``, quantized, to the ``QuantizedTensor`` ``dst``; return that.
 
+        Args:
+            src: plain or quantized.
+            dst: of the same shape.
+            noop_flag: float32, one element: where it is not 0, nothing is done.
+
         Raises:
-            NotImplementedError: there is a ``noop_flag``.
             TypeError: ``dst`` is no ``QuantizedTensor``.
             ValueError: its shape is another.
         """
-        if noop_flag is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}.update_quantized(noop_flag=...) is not "
-                "emulated; leave it at None."
-            )
         from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
 
         if not isinstance(dst, QuantizedTensor):
             raise TypeError(
                 f"dst must be a QuantizedTensor, it is a {type(dst).__name__}"
             )
+        if noop_flag is not None and noop_flag.any():
+            return dst
         return dst.rewrite(src, self)
+
+    def make_empty(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        requires_grad: bool = False,
+        pin_memory: bool = False,
+    ) -> Tensor:
+        """Return a ``QuantizedTensor`` to write to, in the directions of this object.
+
+        Args:
+            shape: of the tensor.
+            dtype: that it reads as; float32, bfloat16 or float16.
+            device: None is ``"cuda"``, which is the CPU where there is no GPU.
+            requires_grad: of the tensor.
+            pin_memory: changes nothing.
+
+        Returns:
+            Zeros; in Transformer Engine what the memory held.
+        """
+        from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
+
+        where = torch.device("cuda" if device is None else device)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            where = torch.device("cpu")
+        zeros = torch.zeros(tuple(shape), dtype=dtype, device=where)
+        made = self._without_effects().to_quantized(
+            _as_matrix(zeros),
+            rowwise=self.rowwise_usage,
+            columnwise=self.columnwise_usage,
+        )
+        return QuantizedTensor(made, dtype, self, requires_grad, shape=zeros.shape)
+
+    def _without_effects(self) -> "Quantizer":
+        """Return one of the same layout that records, reduces and draws nothing."""
+        return self
 
     def multi_quantize(self, list_of_tensors: Sequence[Tensor]) -> list[Tensor]:
         """Quantize several tensors."""
@@ -218,6 +262,10 @@ class Quantizer:
         """Record what quantizing ``x`` would record, without quantizing it."""
 
 
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+
+
 class _Quantize(torch.autograd.Function):
     """Quantizes, and hands the gradient through."""
 
@@ -226,11 +274,14 @@ class _Quantize(torch.autograd.Function):
         from .tensor import QuantizedTensor  # noqa: PLC0415 - it needs this file
 
         made = quantizer.to_quantized(
-            x.detach().reshape(-1, x.shape[-1]),
+            _as_matrix(x.detach()),
             rowwise=quantizer.rowwise_usage,
             columnwise=quantizer.columnwise_usage,
         )
-        return QuantizedTensor(made, x.dtype, quantizer, shape=x.shape)
+        packed = made.rowwise or made.columnwise
+        identity = packed is not None and packed.inv_scale is None
+        dtype = packed.codes.dtype if packed is not None and identity else x.dtype
+        return QuantizedTensor(made, dtype, quantizer, shape=x.shape)
 
     @staticmethod
     def backward(_: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -267,15 +318,12 @@ class IdentityQuantizer(Quantizer):
 
 
 class _OneScale(Quantizer):
+    dtype: DType
+
     def _pack(
-        self,
-        x: Tensor,
-        fmt: torch.dtype,
-        scale: Tensor,
-        rowwise: bool,
-        columnwise: bool,
+        self, x: Tensor, scale: Tensor, rowwise: bool, columnwise: bool
     ) -> Quantized:
-        codes, inv_scale = quantize_tensor(x, fmt, scale)
+        codes, inv_scale = quantize_tensor(x, TE_DType_To_Torch[self.dtype], scale)
         packed = Packed(codes, inv_scale)
         return Quantized(
             x.shape, packed if rowwise else None, packed if columnwise else None
@@ -307,7 +355,7 @@ class Float8Quantizer(_OneScale):
         super().__init__(rowwise=rowwise, columnwise=columnwise)
         self.scale = scale
         self.amax = amax
-        self.dtype = _format(fp8_dtype)
+        self.dtype = _tag(fp8_dtype)
 
     def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
@@ -315,7 +363,7 @@ class Float8Quantizer(_OneScale):
         """Record amax, then scale by the scale of earlier steps and round."""
         amax = compute_amax(x).reshape_as(self.amax)
         self.amax.copy_(torch.maximum(self.amax, amax))
-        return self._pack(x, self.dtype, self.scale.reshape(()), rowwise, columnwise)
+        return self._pack(x, self.scale.reshape(()), rowwise, columnwise)
 
     def calibrate(self, x: Tensor) -> None:
         """Record the amax of ``x`` instead of what was recorded; NaN makes it NaN."""
@@ -357,11 +405,16 @@ class Float8CurrentScalingQuantizer(_OneScale):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self.dtype = _format(fp8_dtype)
+        self.dtype = _tag(fp8_dtype)
         self.with_amax_reduction = with_amax_reduction
         self.amax_reduction_group = amax_reduction_group
         self.force_pow_2_scales = force_pow_2_scales
         self.amax_epsilon = amax_epsilon
+
+    def _without_effects(self) -> Quantizer:
+        alone = copy.copy(self)
+        alone.with_amax_reduction = False
+        return alone
 
     def to_quantized(
         self,
@@ -385,11 +438,11 @@ class Float8CurrentScalingQuantizer(_OneScale):
             )
         scale = compute_current_scale(
             amax,
-            torch.finfo(self.dtype).max,
+            torch.finfo(TE_DType_To_Torch[self.dtype]).max,
             power_of_2=self.force_pow_2_scales,
             epsilon=self.amax_epsilon,
         )
-        return self._pack(x, self.dtype, scale, rowwise, columnwise)
+        return self._pack(x, scale, rowwise, columnwise)
 
 
 class Float8BlockQuantizer(Quantizer):
@@ -409,7 +462,7 @@ class Float8BlockQuantizer(Quantizer):
     ) -> None:
         """Choose the format and the blocks."""
         super().__init__(rowwise=rowwise, columnwise=columnwise)
-        self.dtype = _format(fp8_dtype)
+        self.dtype = _tag(fp8_dtype)
         self.amax_epsilon = amax_epsilon
         self.force_pow_2_scales = force_pow_2_scales
         self.block_scaling_dim = block_scaling_dim
@@ -417,7 +470,7 @@ class Float8BlockQuantizer(Quantizer):
     def _pack(self, x: Tensor, block: tuple[int, int], transposed: bool) -> Packed:
         codes, inv_scale = quantize_block(
             x,
-            self.dtype,
+            TE_DType_To_Torch[self.dtype],
             block,
             power_of_2=self.force_pow_2_scales,
             epsilon=self.amax_epsilon,
@@ -429,7 +482,7 @@ class Float8BlockQuantizer(Quantizer):
     ) -> Quantized:
         """Quantize each direction from the high-precision values."""
         if self.block_scaling_dim == 2:
-            return _both_ways(
+            return both_ways(
                 self._pack(x, (128, 128), False), x.shape, rowwise, columnwise
             )
         return Quantized(
@@ -439,7 +492,7 @@ class Float8BlockQuantizer(Quantizer):
         )
 
 
-def _both_ways(
+def both_ways(
     packed: Packed, shape: torch.Size, rowwise: bool, columnwise: bool
 ) -> Quantized:
     """Use square blocks for both directions: transposing them is exact."""
@@ -467,19 +520,20 @@ class MXFP8Quantizer(Quantizer):
     ) -> None:
         """Choose the format."""
         super().__init__(rowwise=rowwise, columnwise=columnwise)
-        self.dtype = _format(fp8_dtype)
+        self.dtype = _tag(fp8_dtype)
         self.with_2d_quantization = with_2d_quantization
 
     def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
     ) -> Quantized:
         """Quantize each direction from the high-precision values."""
+        fmt = TE_DType_To_Torch[self.dtype]
         if self.with_2d_quantization:
-            square = Packed(*quantize_mxfp8(x, self.dtype, axis=None))
-            return _both_ways(square, x.shape, rowwise, columnwise)
+            square = Packed(*quantize_mxfp8(x, fmt, axis=None))
+            return both_ways(square, x.shape, rowwise, columnwise)
 
         def pack(values: Tensor, transposed: bool) -> Packed:
-            codes, inv_scale = quantize_mxfp8(values, self.dtype)
+            codes, inv_scale = quantize_mxfp8(values, fmt)
             return Packed(codes, inv_scale, transposed=transposed)
 
         return Quantized(
@@ -526,7 +580,6 @@ class NVFP4Quantizer(Quantizer):
             ("with_amax_reduction", with_amax_reduction, False),
             ("row_scaled_nvfp4", row_scaled_nvfp4, False),
             ("nvfp4_use_4over6", nvfp4_use_4over6, False),
-            ("with_random_sign_mask", with_random_sign_mask, True),
         ):
             if value != default:
                 raise NotImplementedError(
@@ -538,8 +591,15 @@ class NVFP4Quantizer(Quantizer):
             raise ValueError(f"fp4_dtype is {fp4_dtype!r}, it must be kFloat4E2M1.")
         self.with_rht = with_rht
         self.with_post_rht_amax = with_post_rht_amax
+        self.with_random_sign_mask = with_random_sign_mask
         self.with_2d_quantization = with_2d_quantization
         self.stochastic_rounding = stochastic_rounding
+        self.dtype = DType(fp4_dtype)
+
+    def _without_effects(self) -> Quantizer:
+        plain = copy.copy(self)
+        plain.with_rht = plain.stochastic_rounding = False
+        return plain
 
     def to_quantized(
         self, x: Tensor, *, rowwise: bool = True, columnwise: bool = True
@@ -552,6 +612,7 @@ class NVFP4Quantizer(Quantizer):
                 two_d=self.with_2d_quantization,
                 hadamard=self.with_rht and transposed,
                 stochastic=self.stochastic_rounding,
+                random_signs=self.with_random_sign_mask,
             )
             return Packed(codes, inv_scale, amax, transposed)
 

@@ -106,7 +106,7 @@ class DelayedScalingState:
             more = history.new_zeros(length - len(history), history.shape[1])
             self.amax_history = torch.cat([history, more])
 
-    def quantizers(self, dtype: torch.dtype) -> list[Quantizer]:
+    def quantizers(self, dtype: DType | torch.dtype) -> list[Quantizer]:
         """Return a quantizer for each tensor, viewing this state."""
         return [
             Float8Quantizer(self.scale[i], self.amax_history[0, i], dtype)

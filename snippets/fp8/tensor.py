@@ -1,4 +1,4 @@
-"""A parameter that is stored in a low-precision format only.
+"""A tensor, or a parameter, that is stored in a low-precision format only.
 
 Copy the folder ``fp8`` into your project; it needs only ``torch``.
 
@@ -11,6 +11,7 @@ Copy the folder ``fp8`` into your project; it needs only ``torch``.
 SPDX-License-Identifier: Apache-2.0
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,26 +22,40 @@ from torch.utils._pytree import tree_map
 from .quantized import Packed, Quantized
 from .quantizers import Quantizer
 
-__all__ = [
-    "Float8BlockwiseQTensor",
-    "Float8Tensor",
-    "IdentityTensor",
-    "MXFP8Tensor",
-    "NVFP4Tensor",
-    "QuantizedTensor",
-]
+__all__ = ["QuantizedTensor"]
 
 _aten = torch.ops.aten
+_data: Any = torch.Tensor.data  # PyTorch's own, which knows no codes
+_NOT_EMULATED = (
+    "clear",
+    "copy_from_storage",
+    "fsdp_assign_gathered",
+    "fsdp_buffer_fields",
+    "fsdp_extract_buffers",
+    "fsdp_post_all_gather",
+    "fsdp_pre_all_gather",
+    "get_data_tensors",
+    "get_metadata",
+    "make_like",
+    "prepare_for_saving",
+    "remove_caches",
+    "restore_from_saved",
+    "to_dtype",
+)
 
 
 class QuantizedTensor(torch.Tensor):
     """A tensor that reads as float32, bfloat16 or float16 and is held in codes.
 
-    An operation reads the dequantized values. An operation that writes, such as an
+    An operation reads the dequantized values, and gives a plain tensor; only a view
+    that leaves the columns alone is quantized. An operation that writes, such as an
     optimizer's, quantizes the result again with the tensor's own quantizer (and with
     the scale that it has then); between two writes the codes do not change. So a
     training run that updates such a parameter in place loses every update below half
     a step of the format: keep FP32 main parameters (``guide/main_params``).
+
+    Codes and scales can be read under Transformer Engine's names, such as
+    ``_rowwise_data``, in its layouts; they cannot be assigned.
 
     Attributes:
         quantized: the codes and scales.
@@ -48,18 +63,25 @@ class QuantizedTensor(torch.Tensor):
     """
 
     _cell: list[Quantized]
+    _takes_requires_grad = True
     quantizer: Quantizer | None
 
     @staticmethod
     def __new__(  # noqa: D102
         cls: type["QuantizedTensor"],
-        quantized: Quantized,
-        dtype: torch.dtype,
-        quantizer: Quantizer | None,
+        quantized: Quantized | None = None,
+        dtype: torch.dtype = torch.float32,
+        quantizer: Quantizer | None = None,
         requires_grad: bool = False,
         cell: list[Quantized] | None = None,
         shape: torch.Size | None = None,
+        **_: Any,
     ) -> "QuantizedTensor":
+        if not isinstance(quantized, Quantized):
+            raise NotImplementedError(
+                f"{cls.__name__}(...) of codes and scales is not emulated; let a "
+                "quantizer make it."
+            )
         packed = quantized.rowwise or quantized.columnwise
         assert packed is not None
         if cls is QuantizedTensor:
@@ -84,32 +106,49 @@ class QuantizedTensor(torch.Tensor):
         return self._cell[0]
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values as a plain tensor of ``dtype`` (default: its own)."""
-        values = self.quantized.dequantize(self.dtype if dtype is None else dtype)
-        return values.reshape(self.shape)
+        """Return the values as a plain tensor of ``dtype`` (default: its own).
 
-    def quantize_(self, values: Tensor) -> "QuantizedTensor":
-        """Replace the values by ``values``, rounded by the tensor's quantizer.
+        Its gradient is that of this tensor.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if not (self.requires_grad and torch.is_grad_enabled()):
+            return self.quantized.dequantize(dtype).reshape(self.shape)
+        values: Tensor = _Dequantize.apply(self, dtype)  # type: ignore[no-untyped-call]
+        return values
+
+    def quantize_(
+        self, tensor: Tensor, *, noop_flag: Tensor | None = None
+    ) -> "QuantizedTensor":
+        """Replace the values by those of ``tensor``, rounded by this one's quantizer.
 
         Args:
-            values: tensor of the same shape, plain or quantized.
+            tensor: of the same shape, plain or quantized.
+            noop_flag: float32, one element: where it is not 0, nothing is done.
 
         Raises:
             ValueError: another shape.
-            RuntimeError: the tensor was loaded from a file and has no quantizer yet.
+            RuntimeError: this tensor was loaded from a file and has no quantizer yet.
+        """
+        self._get_quantizer().update_quantized(tensor, self, noop_flag=noop_flag)
+        return self
+
+    def copy_quantized(self, values: Tensor) -> "QuantizedTensor":
+        """Do what ``copy_`` does: take the codes of a tensor of the same kind.
+
+        Raises:
+            ValueError: another shape.
+            RuntimeError: as :meth:`quantize_`, for what must be rounded.
         """
         self._check(values)
         if isinstance(values, QuantizedTensor) and _kind(values) == _kind(self):
-            self._cell[0] = values.quantized
+            self._cell[0] = _copied(values.quantized, self.device)
             return self
-        if self.quantizer is None:
-            raise RuntimeError(
-                "this quantized tensor has no quantizer: use it as a module's parameter"
-            )
-        return self.rewrite(values, self.quantizer)
+        return self.quantize_(values)
 
     def rewrite(self, values: Tensor, quantizer: Quantizer) -> "QuantizedTensor":
         """Replace the values by ``values``, rounded by ``quantizer``.
+
+        The directions stay those that there are.
 
         Raises:
             ValueError: another shape.
@@ -117,10 +156,98 @@ class QuantizedTensor(torch.Tensor):
         self._check(values)
         if isinstance(values, QuantizedTensor):
             values = values.dequantize()
+        before = self.quantized
         self._cell[0] = quantizer.to_quantized(
-            values.detach().reshape(self.quantized.shape)
+            values.detach().reshape(before.shape),
+            rowwise=before.rowwise is not None,
+            columnwise=before.columnwise is not None,
         )
         return self
+
+    def _get_quantizer(self) -> Quantizer:
+        if self.quantizer is None:
+            raise RuntimeError(
+                "this quantized tensor has no quantizer: use it as a module's parameter"
+            )
+        return self.quantizer
+
+    def update_quantizer(self, quantizer: Quantizer) -> None:
+        """Let ``quantizer`` round later writes; warn if it is another.
+
+        Raises:
+            RuntimeError: there is none to replace.
+        """
+        if self.quantizer is None:
+            raise RuntimeError("To be updated, quantizer must be set")
+        if self.quantizer is not quantizer:
+            warnings.warn(
+                "Quantizer is being updated, this may affect model behavior",
+                stacklevel=2,
+            )
+            self.quantizer = quantizer
+
+    def get_usages(self) -> dict[str, bool]:
+        """Return which directions there are, ``"rowwise"`` and ``"columnwise"``."""
+        return {
+            "rowwise": self.quantized.rowwise is not None,
+            "columnwise": self.quantized.columnwise is not None,
+        }
+
+    def update_usage(
+        self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None
+    ) -> None:
+        """Keep or drop codes, for this tensor and its detached aliases.
+
+        The columnwise direction is made of the rowwise one where that is exact: with
+        one scale, and with square FP8 blocks.
+
+        Args:
+            rowwise_usage: keep what is summed over along the last axis; None leaves it.
+            columnwise_usage: keep what is summed over along the first axis.
+
+        Raises:
+            RuntimeError: a direction that there is not, or neither.
+        """
+        value = self.quantized
+        row, column = value.rowwise, value.columnwise
+        if column is None and columnwise_usage and rowwise_usage is not False:
+            column = None if row is None else self._columnwise_of(row)
+        for packed, wanted, name in (
+            (row, rowwise_usage, "row"),
+            (column, columnwise_usage, "column"),
+        ):
+            if wanted and packed is None:
+                raise RuntimeError(
+                    f"Requested {name}-wise usage, but {type(self).__name__} is "
+                    f"missing {name}-scaled data"
+                )
+        row = None if rowwise_usage is False else row
+        column = None if columnwise_usage is False else column
+        if row is None and column is None:
+            raise RuntimeError("Must retain some data either columnwise or rowwise")
+        self._cell[0] = Quantized(value.shape, row, column)
+
+    def _columnwise_of(self, row: Packed) -> Packed | None:
+        """Return the same numbers for the other direction, None if it has others."""
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of Transformer Engine's other methods that they are not emulated.
+
+        Raises:
+            AttributeError: always.
+        """
+        has = f"{type(self).__name__}.{name} is not emulated"
+        none = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(has if name in _NOT_EMULATED else none)
+
+    @property
+    def _quantizer(self) -> Quantizer | None:
+        return self.quantizer
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.dtype
 
     def _check(self, values: Tensor) -> None:
         if values.shape != self.shape:
@@ -137,10 +264,42 @@ class QuantizedTensor(torch.Tensor):
         codes = packed.codes.dtype
         return f"{type(self).__name__}({codes=}, dtype={self.dtype}, {shape=})"
 
-    def _alias(self, cell: list[Quantized], dtype: torch.dtype) -> "QuantizedTensor":
-        return QuantizedTensor(
-            cell[0], dtype, self.quantizer, cell=cell, shape=self.shape
-        )
+    @property
+    def data(self) -> Tensor:
+        """This tensor without its gradient; what is set is quantized.
+
+        A tensor of the same kind is taken as it is, with its quantizer; another is
+        rounded by this one's, which then asks for gradients if that tensor does, here
+        as in Transformer Engine: setting a plain tensor freezes a parameter (but not
+        one in blocks of 128).
+
+        Setting it raises a RuntimeError where there is no quantizer.
+        """
+        return _data.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        with torch.no_grad():
+            if _is_of_class_of(self, values):
+                self._take(values)
+                return
+            self._take(self._get_quantizer().quantize(values.to(self.device)))
+            if self._takes_requires_grad:
+                self.requires_grad_(values.requires_grad)
+
+    def _take(self, other: Any) -> None:
+        _data.__set__(self, other.detach())
+        self._cell = other._cell
+        self.quantizer = other.quantizer or self.quantizer
+
+    def _alias(
+        self,
+        cell: list[Quantized],
+        dtype: torch.dtype,
+        shape: torch.Size | None = None,
+    ) -> "QuantizedTensor":
+        shape = self.shape if shape is None else shape
+        return type(self)(cell[0], dtype, self.quantizer, cell=cell, shape=shape)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle codes and scales; the module that loads them has the quantizer."""
@@ -173,40 +332,37 @@ class QuantizedTensor(torch.Tensor):
         if func is _aten._to_copy.default:
             moved = _copied(args[0].quantized, kwargs.get("device"))
             return args[0]._alias([moved], kwargs.get("dtype") or args[0].dtype)
+        if func is _aten.view.default and isinstance(args[0], QuantizedTensor):
+            shape = torch.empty(args[0].shape, device="meta").view(args[1]).shape
+            if shape[-1:] == args[0].shape[-1:]:  # the codes are [rows, columns]
+                return args[0]._alias(args[0]._cell, args[0].dtype, shape)
         if func is _aten.copy_.default and isinstance(args[0], QuantizedTensor):
-            return args[0].quantize_(args[1])
+            return args[0].copy_quantized(args[1])
         return _on_values(func, args, kwargs)
 
 
-class Float8Tensor(QuantizedTensor):
-    """A tensor with one scale: of delayed or current scaling."""
+class _Dequantize(torch.autograd.Function):
+    """Hands the gradient of the values through."""
 
+    @staticmethod
+    def forward(_: Any, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return x.quantized.dequantize(dtype).reshape(x.shape)
 
-class Float8BlockwiseQTensor(QuantizedTensor):
-    """A tensor of ``Float8BlockScaling``."""
-
-
-class MXFP8Tensor(QuantizedTensor):
-    """A tensor of ``MXFP8BlockScaling``."""
-
-
-class NVFP4Tensor(QuantizedTensor):
-    """A tensor of ``NVFP4BlockScaling``."""
-
-
-class IdentityTensor(QuantizedTensor):
-    """A tensor that a ``CustomRecipe`` leaves in high precision."""
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _class_of(packed: Packed) -> type[QuantizedTensor]:
-    """Return the kind that Transformer Engine's ``isinstance`` tells apart."""
-    if packed.inv_scale is None:
-        return IdentityTensor
-    if packed.codes.dtype == torch.uint8:
-        return NVFP4Tensor
-    if packed.inv_scale.dtype == torch.float8_e8m0fnu:
-        return MXFP8Tensor
-    return Float8BlockwiseQTensor if packed.inv_scale.dim() else Float8Tensor
+    from .kinds import class_of  # noqa: PLC0415 - it needs this file
+
+    return class_of(packed)
+
+
+def _is_of_class_of(x: QuantizedTensor, other: Tensor) -> bool:
+    packed = x.quantized.rowwise or x.quantized.columnwise
+    assert packed is not None
+    return isinstance(other, _class_of(packed))
 
 
 def _on_values(
