@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from snippets import fp8 as te
 from snippets.fp8.base import TransformerEngineBaseModule
+from snippets.fp8.checkpoint import (
+    in_fp8_activation_recompute_phase,
+    is_fp8_activation_recompute_enabled,
+)
 from snippets.fp8.slots import DelayedScalingState
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -540,6 +544,27 @@ def test_a_checkpointed_function_can_open_its_own_region(reentrant: bool) -> Non
             assert x.grad is not None
             found.append([y.detach(), x.grad, *grads(module)])
         assert same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_function_can_ask_where_it_is(reentrant: bool) -> None:
+    """Is it an FP8 region, and the second run; both only inside of a checkpoint."""
+    layer, asked = te.Linear(WIDTH, WIDTH, params_dtype=BF16), []
+
+    def ask() -> tuple[bool, bool]:
+        enabled = is_fp8_activation_recompute_enabled()
+        return enabled, in_fp8_activation_recompute_phase()
+
+    def run(x: Tensor) -> Tensor:
+        asked.append(ask())
+        with te.autocast(recipe=te.DelayedScaling()):
+            asked.append(ask())
+            return value(layer(x))
+
+    backward(te.checkpoint(run, batch(), use_reentrant=reentrant))
+    assert asked == [(False, False), (True, False), (False, True), (True, True)]
+    with te.autocast():
+        assert ask() == (False, False)
 
 
 def test_checkpoint_passes_the_rest_on() -> None:

@@ -194,6 +194,20 @@ def test_norms_are_their_formula(kind: type[Any], centered: bool) -> None:
         assert layer.float()(x).dtype == BF16
 
 
+@pytest.mark.parametrize("kind", [te.LayerNorm, te.RMSNorm])
+def test_norms_take_any_strides(kind: type[Any]) -> None:
+    """As contiguous numbers: no bit of a result or a gradient depends on strides."""
+    x = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).t()
+    found = []
+    for values in (x, x.contiguous()):
+        norm, leaf = kind(128), values.detach().requires_grad_()
+        y = norm(leaf)
+        torch.autograd.backward(y, torch.ones_like(y))
+        found.append([y, leaf.grad, *(p.grad for p in norm.parameters())])
+    for strided, contiguous in zip(*found, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
 def test_norms_take_deprecated_names() -> None:
     """``hidden_size`` with a warning, never two names at once, nothing unknown."""
     with pytest.warns(DeprecationWarning, match="renamed to `normalized_shape`"):

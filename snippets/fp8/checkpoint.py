@@ -23,7 +23,22 @@ from .base import TransformerEngineBaseModule
 from .parallel import refuse
 from .state import FP8GlobalStateManager, autocast
 
-__all__ = ["checkpoint"]
+__all__ = [
+    "checkpoint",
+    "in_fp8_activation_recompute_phase",
+    "is_fp8_activation_recompute_enabled",
+]
+
+
+def is_fp8_activation_recompute_enabled() -> bool:
+    """Say whether an enabled ``autocast`` is active inside :func:`checkpoint`."""
+    state = FP8GlobalStateManager.quantization_state
+    return state.recompute_enabled and state.fp8_enabled
+
+
+def in_fp8_activation_recompute_phase() -> bool:
+    """Say whether this is the second run, in the backward pass."""
+    return FP8GlobalStateManager.quantization_state.recompute_phase
 
 
 @contextlib.contextmanager

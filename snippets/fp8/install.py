@@ -65,7 +65,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "pytorch.attention.multi_head_attention": ("MultiheadAttention",),
     "pytorch.attention.rope": ("RotaryPositionEmbedding", "apply_rotary_pos_emb"),
     "pytorch.constants": ("DType",),
-    "pytorch.distributed": ("checkpoint",),
+    "pytorch.distributed": (
+        "checkpoint",
+        "in_fp8_activation_recompute_phase",
+        "is_fp8_activation_recompute_enabled",
+    ),
     "pytorch.module.base": ("TransformerEngineBaseModule",),
     "pytorch.module.layernorm": ("LayerNorm",),
     "pytorch.module.layernorm_linear": ("LayerNormLinear",),
@@ -194,6 +198,7 @@ _LATER = {
 def _emulated() -> dict[str, Any]:
     """Return what the emulator offers of Transformer Engine's names."""
     files = (
+        "checkpoint",
         "extra_state",
         "linear",
         "quantizers",

@@ -57,7 +57,9 @@ def normalize(
         float32, the shape of ``x``.
     """
     with torch.autocast(x.device.type, enabled=False):
-        values, gamma = x.to(dtype).float(), weight.to(dtype).float()
+        # Contiguous, as kernels take it: the order of sums follows the strides.
+        values = x.to(dtype).float().contiguous()
+        gamma = weight.to(dtype).float()
         if zero_centered_gamma:
             gamma = gamma + 1.0
         if kind == "RMSNorm":
