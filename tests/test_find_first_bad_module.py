@@ -412,6 +412,72 @@ def test_the_optimizers_step_is_watched() -> None:
     assert outcomes == [("step", "0"), ("step", "0"), None]
 
 
+def test_forward_after_a_backward_is_no_step_of_an_optimizer() -> None:
+    """A second pass, and a module under no_grad as in an evaluation."""
+    weight = nn.Parameter(torch.ones(2))
+    with FirstBadModule() as second:
+        torch.autograd.backward(weight.sum())
+        torch.autograd.backward((weight - 2).log().sum())
+    model = chain("none", "sqrt of a negative")
+    with FirstBadModule(model) as evaluated:
+        model[0](batch()).sum().backward()
+        with torch.no_grad():
+            model(batch())
+
+    for block, operation in ((second, "aten.log"), (evaluated, "aten.sqrt")):
+        result = found(block.result)
+        assert (result.phase, result.operation) == ("forward", operation)
+
+
+def test_an_operation_in_place_is_not_computed_again() -> None:
+    """What it read is written over: only the ranges are known."""
+    x = torch.zeros(2)
+    with FirstBadModule() as block:
+        x.log_()
+
+    result = found(block.result)
+    assert (result.operation, result.in_wider_dtype) == ("aten.log_", None)
+    assert result.inputs[0].low == result.inputs[0].high == 0
+    assert "float64" not in result.message
+
+
+def test_each_tensor_of_a_list_is_looked_at() -> None:
+    """As of the foreach operations of optimizers, which make one for each weight."""
+    with FirstBadModule() as block:
+        kept = torch._foreach_log([torch.ones(2), torch.zeros(2)])
+
+    assert len(kept) == 2
+    assert found(block.result).operation == "aten._foreach_log"
+
+
+def test_a_value_stays_bad_while_a_part_of_it_is() -> None:
+    """Half of a tensor is written over; to ask for another like it reads no value."""
+    with FirstBadModule() as halved:
+        y = torch.zeros(4).log()
+        y[:2] = 1.0
+        torch.autograd.backward(y.sum().requires_grad_())
+    with FirstBadModule() as asked:
+        y = torch.zeros(4).log()
+        torch.zeros_like(y), y.new_zeros(2)
+
+    assert found(halved.result).operation == "aten.log"
+    assert found(asked.result).operation == "aten.log"
+
+
+def test_a_fault_goes_before_an_infinity_on_purpose() -> None:
+    """Also where the mask was there first."""
+    with FirstBadModule() as block:
+        mask = torch.full((2,), -INF)
+        logits = torch.zeros(2).log() + mask
+        torch.autograd.backward(logits.sum().requires_grad_())
+    bias = nn.Linear(2, 2)
+    bias.bias.data.fill_(-INF)
+
+    assert found(block.result).operation == "aten.log"
+    result = found(find_first_bad_module(bias, torch.ones(1, 2)))
+    assert (result.phase, result.operation) == ("parameter", "bias")
+
+
 def test_a_checkpointed_block_is_named_where_it_stands() -> None:
     """In forward at its first run, in backward by the operation of the first run."""
     for reentrant in (True, False):
@@ -562,6 +628,30 @@ def test_a_value_that_was_read_and_healed_is_no_fault_though_kept() -> None:
     assert read.result is None
     assert found(unread.result).operation == "aten.log"
     assert torch.equal(view, also[:2])
+
+
+def test_what_no_one_keeps_or_a_backward_leaves_out_is_no_fault() -> None:
+    """A result that is dropped unread, and an output that is no part of the loss."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc(x), torch.zeros(2).log()
+
+    with FirstBadModule() as dropped:
+        torch.zeros(2).log()
+    model = Two()
+    with FirstBadModule(model) as left_out:
+        y, other = model(batch())
+        y.sum().backward()
+
+    assert dropped.result is None
+    assert not other.isfinite().any()
+    assert left_out.result is None
+    assert found(find_first_bad_module(model, batch())).operation == "aten.log"
 
 
 def test_memory_that_is_not_written_or_written_over_is_no_fault() -> None:
