@@ -457,3 +457,12 @@ def test_what_a_quantizer_has_not_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a QuantizedTensor, it is a Tensor"):
         quantizer.quantize(torch.ones(32, 64), out=torch.ones(32, 64))
     assert torch.equal(out.dequantize(), torch.ones(32, 64))
+
+    class Mine(te.Quantizer):
+        """As Transformer Engine has it written."""
+
+        def quantize_impl(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+    with pytest.raises(NotImplementedError, match="Mine: quantizers with a quantize_i"):
+        Mine()(torch.ones(32, 64))

@@ -142,8 +142,15 @@ class Quantizer:
             x: [rows, columns], float32, bfloat16 or float16.
             rowwise: make the form that is summed over along the last axis.
             columnwise: make the form that is summed over along the first axis.
+
+        Raises:
+            NotImplementedError: a class of one's own, with Transformer Engine's
+                ``quantize_impl``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}: quantizers with a quantize_impl of their own are "
+            "not emulated; use or subclass one of those that are."
+        )
 
     def quantize(
         self,
