@@ -591,6 +591,22 @@ def test_closures_are_seen_before_the_update() -> None:
     assert monitor.records[0]["update_ratio"] > 0
 
 
+def test_a_parameter_without_values_is_left_out() -> None:
+    """As a rank has where there are fewer values than ranks: also if it is alone."""
+    full, empty = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))
+    cases: tuple[list[Tensor], ...] = [full, empty], [empty]
+    for params in cases:
+        model = nn.ParameterList(params)
+        optimizer = SGD(model.parameters(), lr=0.5)
+        optimizer.zero_grad()
+        with NumericsMonitor().attach(model) as monitor:
+            torch.autograd.backward(torch.cat(params).sum())
+            optimizer.step()
+        record = monitor.records[0]
+        assert (record["zero"], record["underflow"]) == (0, 0)
+        assert record.get("update_ratio") == (0.5 if len(params) > 1 else None)
+
+
 def test_a_closure_that_is_called_again_begins_no_other_step() -> None:
     """Of several calls the first one's weights and gradients count."""
     weight = nn.Parameter(torch.ones(1))

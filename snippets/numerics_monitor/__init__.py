@@ -230,7 +230,7 @@ class NumericsMonitor(LightningCallback):
             (p, group)
             for group in optimizer.param_groups
             for p in group["params"]
-            if id(p) in self._owners and p.grad is not None
+            if id(p) in self._owners and p.grad is not None and p.numel()
         ]
         self.skips += skipped
         self._streaks[number] = self._streaks.get(number, 0) + 1 if skipped else 0
