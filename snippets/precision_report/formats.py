@@ -1,6 +1,7 @@
 """Formats and modes by name, and rounding to a format."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,25 @@ class Format(NamedTuple):
 
     @property
     def overflow(self) -> float:
-        """Half a step beyond the largest number: from here IEEE's formats have Inf."""
+        """Half a step beyond the largest number: from here it is Inf, with no scale."""
+        if self.block is not None:
+            return math.inf
         return self.max + 2.0 ** (math.frexp(self.max)[1] - 2 - self.mantissa_bits)
 
     @property
     def zero(self) -> float:
         """The largest number that rounds to zero."""
         return 2.0 ** (self.min_exponent - self.mantissa_bits - 1)
+
+    @property
+    def normal(self) -> float:
+        """The smallest normal number."""
+        return 2.0**self.min_exponent
+
+    @property
+    def large(self) -> float:
+        """Times a power of two a number beside whose ulp the last bit kept is one."""
+        return 1.5 * 2.0 ** (52 - self.mantissa_bits)
 
     @property
     def integers(self) -> int:
@@ -84,16 +97,37 @@ def exponents(x: Tensor) -> Tensor:
     return (x.view(torch.int64) >> 52).bitwise_and_(2047).sub_(1023)
 
 
-def round_(x: Tensor, fmt: Format) -> Tensor:
-    """Round float64 to nearest, ties to even, as if there were no largest number."""
+class Pages(NamedTuple):
+    """Properties of several formats, to meet a page of lines of numbers for each."""
+
+    normal: Tensor
+    large: Tensor
+    zero: Tensor
+    max: Tensor
+    overflow: Tensor
+
+    @classmethod
+    def of(cls, formats: Iterable[Format]) -> "Pages":
+        """Gather the properties."""
+        values = [[getattr(fmt, name) for name in cls._fields] for fmt in formats]
+        return cls(*torch.tensor(values, dtype=torch.float64).T[:, :, None, None])
+
+
+def round_(x: Tensor, fmt: Format | Pages) -> Tensor:
+    """Round float64 to nearest, ties to even, as if there were no largest number.
+
+    Beside a number so much larger float64 has no bits below the last that the format
+    keeps, so it rounds the sum there. That one must fit: ``x`` is less than 2**900.
+    """
     power = (x.view(torch.int64) & 2047 << 52).view(torch.float64)  # mantissa is 0
-    quantum = power.clamp_(2.0**fmt.min_exponent, 2.0**1023)
-    quantum *= 2.0**-fmt.mantissa_bits
-    return (x / quantum).round_().mul_(quantum)
+    large = power.clamp_(fmt.normal).mul_(fmt.large)
+    return (x + large).sub_(large)
 
 
 def scales(fmt: Format, amax: Tensor) -> Tensor:
     """Return what to multiply with: amax becomes the largest number, or MX's power."""
+    if fmt.block is None:
+        return torch.ones_like(amax)
     amax = amax.clamp(min=2.0**-1000)
     if not fmt.block:
         return fmt.max / amax

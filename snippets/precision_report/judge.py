@@ -11,7 +11,6 @@ from .formats import FORMATS, MODES, Format, Mode, round_
 from .report import (
     HIGH,
     LEVELS,
-    LOW,
     Constant,
     Finding,
     PrecisionReport,
@@ -19,7 +18,6 @@ from .report import (
     Verdict,
     percent,
 )
-from .samples import BLOCK, BLOCKS
 
 # Rounding touches a tail of every distribution; what is lost beyond MANY is no tail.
 SOME, MANY = 0.05, 0.25
@@ -173,7 +171,7 @@ class _Judge:
             self.find("safe", "gradients", text, worst, share)
         return low, high
 
-    def signal(self, row: Row) -> list[int]:
+    def signal(self, row: Row) -> dict[int, int]:
         """Return the histogram of a gradient's features, without FP32's own rounding.
 
         A weight's gradient is a sum. What is 2^-24 of its largest numbers can be the
@@ -182,23 +180,24 @@ class _Judge:
         if row.kind != "grad_weight" or not row.amax:
             return row.features
         least = max(row.amax, self.noise.get(id(row), 0.0)) * 2.0**-24
-        noise = max(math.floor(math.log2(least)) - LOW, 0)
-        return [0] * noise + row.histogram[noise:]
+        noise = math.floor(math.log2(least))
+        return {e: n for e, n in row.histogram.items() if e >= noise}
 
     def below(self, row: Row, scale: int = 0) -> float:
         """Return the share of a gradient times 2^scale below the smallest number."""
         counts = self.signal(row)
-        below = sum(counts[: max(_least(self.fmt) - scale - LOW, 0)])
-        return below / max(sum(counts), 1)
+        least = _least(self.fmt) - scale
+        below = sum(n for e, n in counts.items() if e < least)
+        return below / max(sum(counts.values()), 1)
 
     def needed(self, row: Row) -> int:
         """Return the smallest k for which less than SOME is below if scaled by 2^k."""
         counts = self.signal(row)
-        below, allowed = 0, SOME * sum(counts)
-        for place, count in enumerate(counts):
+        below, allowed = 0, SOME * sum(counts.values())
+        for exponent, count in sorted(counts.items()):
             below += count
             if below > allowed:
-                return _least(self.fmt) - (place + LOW)
+                return _least(self.fmt) - exponent
         return _least(self.fmt) - HIGH
 
     def updates(self) -> None:
@@ -237,14 +236,13 @@ class _Judge:
             least = max(least, math.ceil(math.log2(eps)) + 3)
         enough = math.floor(math.log2(self.fmt.zero / (1 - beta)) / 2)
         rows = list(self.rows("grad_weight"))
-        below = sum(
-            sum(r.histogram[least - LOW : max(enough, least) - LOW]) for r in rows
-        )
-        total = sum(sum(r.histogram) for r in rows)
+        exponents = [item for r in rows for item in r.histogram.items()]
+        below = sum(n for e, n in exponents if least <= e < enough)
+        total = sum(n for _, n in exponents)
         vanishes = eps <= self.fmt.zero
         if vanishes:  # 0 / 0 where the gradient itself is 0
-            sampled = sum(min(math.prod(r.shape), BLOCK * BLOCKS) for r in rows)
-            below, total = below + max(sampled - total, 0), max(sampled, total)
+            seen = sum(row.sampled for row in rows)
+            below, total = below + max(seen - total, 0), max(seen, total)
         if below:
             share = below / total
             text = (

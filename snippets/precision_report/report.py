@@ -37,8 +37,9 @@ class Row:
             "features_lost" where the largest number of a channel, neuron or place of
             the last dimension is zero too, of an update "lost", of whole numbers
             "integers_lost"; and "sqnr_db", None without an error.
-        histogram: How many sampled numbers have the exponent -160, -159, ... 130.
-        features: The same of the largest number of each one's feature.
+        histogram: How many of the sampled numbers that are not zero, by exponent.
+        features: Of grad_output, the same of the largest number of each one's feature.
+        sampled: How many numbers these shares and SQNR are of.
         layer: Class of the module.
     """
 
@@ -54,8 +55,9 @@ class Row:
     is_index: bool = False
     low: bool = False
     formats: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    histogram: list[int] = field(default_factory=list, repr=False)
-    features: list[int] = field(default_factory=list, repr=False)
+    histogram: dict[int, int] = field(default_factory=dict, repr=False)
+    features: dict[int, int] = field(default_factory=dict, repr=False)
+    sampled: int = field(default=0, repr=False)
     layer: str = field(default="", repr=False)
 
     @property
@@ -163,7 +165,7 @@ class PrecisionReport:
         """Return all of it as plain data, fit for JSON: None for NaN and Inf."""
         data = dataclasses.asdict(self) | {"recommendation": self.recommendation}
         for row in data["rows"]:
-            del row["histogram"]
+            del row["histogram"], row["features"]
         plain: dict[str, Any] = _plain(data)
         return plain
 
@@ -230,7 +232,7 @@ class PrecisionReport:
         """
         figures = _needed("matplotlib.figure", "figure")
         all_panels = {
-            kind: [r for r in self.rows if r.kind == kind and any(r.histogram)]
+            kind: [r for r in self.rows if r.kind == kind and r.histogram]
             for kind in kinds
         }
         panels = {kind: rows for kind, rows in all_panels.items() if rows}
@@ -245,7 +247,7 @@ class PrecisionReport:
         )
         used = [-25, 16]
         for axis, (kind, rows) in zip(axes[:, 0], panels.items(), strict=True):
-            shares = [[n / sum(r.histogram) for n in r.histogram] for r in rows]
+            shares = [_dense(r.histogram) for r in rows]
             axis.imshow(
                 [[share**0.5 for share in line] for line in shares],
                 cmap="Greys",
@@ -259,10 +261,16 @@ class PrecisionReport:
                 fmt = FORMATS[name]
                 for end in (fmt.zero, fmt.overflow):
                     axis.axvline(math.log2(end), color=color, linewidth=1)
-            used += [LOW + i for r in rows for i, n in enumerate(r.histogram) if n]
+            used += [exponent for r in rows for exponent in r.histogram]
         axes[-1, 0].set_xlim(min(used) - 1, max(used) + 2)
         axes[-1, 0].set_xlabel("log2 of the magnitude; float16 ends at the red lines")
         return figure
+
+
+def _dense(histogram: dict[int, int]) -> list[float]:
+    """Return the share of each exponent."""
+    total = sum(histogram.values())
+    return [histogram.get(e, 0) / total for e in range(LOW, HIGH + 1)]
 
 
 def percent(share: float) -> str:

@@ -92,7 +92,7 @@ def unchanged(model: nn.Module, *others: object) -> Iterator[Callable[[Tensor], 
     attributes = [(m, dict(m.__dict__)) for m in modules]
     inner = [v for _, own in attributes for v in own.values()]
     containers: list[tuple[Any, Any]] = [
-        (v, copy.copy(v)) for v in inner if type(v) in _CONTAINERS
+        (v, v.copy()) for v in inner if type(v) in _CONTAINERS
     ]
     owned = [t for r in roots for t in (*r.parameters(), *r.buffers())]
     owned += [t for v in inner if isinstance(v, Tensor) for _, t in tensors_in(v)]

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .formats import FORMATS
-from .report import Constant, Row
+from .report import KINDS, Constant, Row
+from .rounding import fill
 from .samples import Samples, Value, tensors_in
 from .step import call, next_step
 
@@ -61,6 +62,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, progress: Callable[[str], None]) -> None:
         self.model, self.progress = model, progress
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names = {id(m): name for name, m in model.named_modules()}
         self.samples = Samples()
         self.constants: dict[Constant, None] = {}  # a set in order
@@ -70,8 +72,9 @@ class Watch:
         self.running: list[nn.Module] = []
         self.done = 0
         self.values: dict[int, tuple[Any, Value]] = {}  # by storage, which views share
-        self.kinds: dict[Any, tuple[str, bool, bool]] = {}  # of operations
+        self.kinds: dict[Any, tuple[str, bool]] = {}  # of operations
         self.outputs: dict[tuple[str, str], Value] = {}
+        self.trained: dict[str, tuple[int, int]] = {}  # limits of weight and gradient
         self.inside: list[tuple[str, str, tuple[int, ...], int, bool]] = []
         self.order: list[tuple[str, str, int]] = []  # module, what, limits
 
@@ -91,10 +94,13 @@ class Watch:
 
     def limit(self, tensor: Tensor, value: Value, module: str, what: str) -> int:
         """Return where the limits of a tensor are; take them if they are not known."""
-        if value.numel != tensor.numel():
-            value.numel, value.limits = tensor.numel(), self.samples.limit(tensor)
-            self.order.append((module, what, value.limits))
-        return value.limits
+        size, whole = tensor.nbytes, tensor.untyped_storage().nbytes()
+        part = (tensor.storage_offset(), *tensor.shape, *tensor.stride())
+        key = part if size != whole else ()  # a transpose has the same numbers
+        if key not in value.limits:
+            value.limits[key] = self.samples.limit(tensor)
+            self.order.append((module, what, value.limits[key]))
+        return value.limits[key]
 
     # -- forward
 
@@ -173,19 +179,23 @@ class Watch:
 
     def show(self, module: nn.Module, kind: str, things: object) -> None:
         """Take the tensors in ``things`` for a module's rows."""
+        found = tensors_in(things)
+        if not found:
+            return
         name, layer = self.names[id(module)], type(module).__name__
-        for place, tensor in tensors_in(things):
-            value = self.value(tensor)
-            if kind == "output":
-                self.outputs[name, place] = value
-            row = Row(name, kind, place, tuple(tensor.shape), layer=layer)
-            with _disable_current_modes():  # these operations are not the model's
+        with _disable_current_modes():  # these operations are not the model's
+            for place, tensor in found:
+                value = self.value(tensor)
+                if kind == "output":
+                    self.outputs[name, place] = value
+                row = Row(name, kind, place, tuple(tensor.shape), layer=layer)
                 self.take(row, tensor, value)
 
-    def take(self, row: Row, tensor: Tensor, value: Value) -> None:
-        """Take a tensor whose numbers are those of ``value``, once."""
+    def take(self, row: Row, tensor: Tensor, value: Value) -> int:
+        """Take a tensor whose numbers are those of ``value``; return its limits."""
         limits = self.limit(tensor, value, row.module, row.kind)
         self.samples.take(row, tensor, value, limits)
+        return limits
 
     def follow(self, tensor: Tensor, row: Row, value: Value) -> None:
         """Take the gradient of a tensor when it comes."""
@@ -200,13 +210,14 @@ class Watch:
 
     def see(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
         """Follow values through an operation; take its range and its constants."""
-        if func not in self.kinds:
+        kind = self.kinds.get(func)
+        if kind is None:
             name = func.overloadpacket.__name__
             aliases = [a.alias_info for a in func._schema.arguments if a.alias_info]
             is_view = bool(aliases) and not any(a.is_write for a in aliases)
-            self.kinds[func] = name, is_view, "empty" in name
-        name, is_view, is_empty = self.kinds[func]
-        if is_empty or is_view:
+            kind = self.kinds[func] = name, is_view or "empty" in name
+        name, is_skipped = kind
+        if is_skipped:
             return
         ins = [(self.value(t), t.dim()) for _, t in tensors_in(args)]
         outs = [t for _, t in tensors_in(result)]
@@ -221,11 +232,12 @@ class Watch:
         is_wide = kwargs.get("dtype") in {torch.float32, torch.float64}
         low = self.is_low(name, ins) and not is_wide
         is_norm = name in _NORMS or name in _NORMS_FP32
+        module = self.module
         for out in outs[:1] if is_norm else outs:  # statistics stay in FP32
             value, storage = Value(low=low), out.untyped_storage()
             self.values[storage._cdata] = weakref.ref(storage), value
-            limits = self.limit(out, value, self.module, name)
-            self.inside.append((self.module, name, tuple(out.shape), limits, low))
+            limits = self.limit(out, value, module, name)
+            self.inside.append((module, name, out.shape, limits, low))
         if not is_norm:
             for number in (*args, *kwargs.values()):
                 if isinstance(number, float) and abs(number) not in _ADAPTIVE:
@@ -276,10 +288,11 @@ class Watch:
             value = self.value(parameter)
             if not parameter.numel():
                 continue
-            self.take(self.row(name, "weight", parameter), parameter, value)
+            weight = self.take(self.row(name, "weight", parameter), parameter, value)
             if parameter.grad is not None:
                 row = self.row(name, "grad_weight", parameter)
                 limits = self.samples.limit(parameter.grad)
+                self.trained[name] = weight, limits
                 self.order.append((row.module, row.kind, limits))
                 self.samples.take(row, parameter.grad, value, limits)
             elif parameter.requires_grad:
@@ -288,7 +301,7 @@ class Watch:
     def row(self, name: str, kind: str, tensor: Tensor) -> Row:
         """Make the row of a parameter or buffer."""
         module, _, own = name.rpartition(".")
-        layer = type(self.model.get_submodule(module)).__name__
+        layer = type(self.modules[module]).__name__
         return Row(module, kind, own, tuple(tensor.shape), layer=layer)
 
     def updates(self, lr: float, optimizer: Optimizer | None) -> str:
@@ -299,12 +312,15 @@ class Watch:
         for name, parameter in parameters.items():
             if parameter.grad is None or (optimizer and id(parameter) not in steps):
                 continue
+            samples, (weight, grad) = self.samples, self.trained[name]
             if optimizer:
-                update = self.samples.pick(steps[id(parameter)])
+                limits = samples.limit(steps[id(parameter)])
+                update = samples.pick(steps[id(parameter)])
             else:
-                update = -lr * self.samples.pick(parameter.grad).sign()
+                limits = samples.sign(grad, -lr)
+                update = samples.picked[grad].sign() * -lr
             row = self.row(name, "update", parameter)
-            self.samples.update(row, update, self.samples.pick(parameter))
+            samples.update(row, update, samples.picked[weight], limits)
         if optimizer:
             return f"the next step of this {type(optimizer).__name__}"
         return f"AdamW's first step with lr={lr:g}"
@@ -312,21 +328,24 @@ class Watch:
     def close(self, formats: tuple[str, ...], loss: float) -> tuple[list[Row], str]:
         """Return all rows, and where FP32 itself fails first."""
         self.progress("rounding")
-        rows, limits = self.samples.close(formats)
+        limits = fill(self.samples, formats)
+        modules = {row.module: None for row, _, _ in self.samples.rows.values()}
+        order = {name: i for i, name in enumerate(modules)}
+        rows = [row for row, _, _ in self.samples.rows.values()]
+        rows.sort(key=lambda row: (order[row.module], KINDS.index(row.kind)))
         largest = {i: max(map(abs, pair)) for i, pair in enumerate(limits)}
         inside: dict[tuple[str, str, bool], Row] = {}
         for module, name, shape, at, low in self.inside:
             amax, is_shown = largest[at], at in self.samples.picked
             if _FP16.overflow <= amax < _FP32.max and not is_shown:
-                new = Row(module, "inside", name, shape, low=low)
+                new = Row(module, "inside", name, tuple(shape), low=low)
                 row = inside.setdefault((module, name, low), new)
                 row.amax, row.calls = max(row.amax, amax), row.calls + 1
         for row in inside.values():
             one = 1 / max(math.prod(row.shape), 1)
             for name in formats:
                 fmt = FORMATS[name]
-                fits = fmt.block is not None or row.amax < fmt.overflow
-                over = 0.0 if fits else one
+                over = one if row.amax >= fmt.overflow else 0.0
                 row.formats[name] = {
                     "underflow": 0.0,
                     "overflow": over,
