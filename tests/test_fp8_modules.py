@@ -735,3 +735,20 @@ def test_recomputations_take_their_scales_in_the_order_of_the_forwards() -> None
 
     assert len(kept) == 4
     assert all(map(torch.equal, kept, recomputed))
+
+
+def test_what_a_module_has_not_is_refused() -> None:
+    """By name, as not emulated, or as unknown; nothing waits for ``backward_dw``."""
+    layer = te.Linear(WIDTH, WIDTH, params_dtype=BF16)
+    with pytest.raises(
+        AttributeError, match=r"Linear\.set_meta_tensor is not emulated"
+    ):
+        layer.set_meta_tensor(fwd=True, recipe=te.DelayedScaling())
+    with pytest.raises(AttributeError, match="no attribute 'set_metatensor'"):
+        layer.set_metatensor()
+    assert not hasattr(layer, "fast_setattr")
+    backward(value(layer(batch())))
+    found = [g.clone() for g in grads(layer)]
+    assert not layer.need_backward_dw()
+    layer.backward_dw()
+    assert same(found, grads(layer))

@@ -39,6 +39,19 @@ __all__ = [
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 InitMethod = Callable[[Tensor], Any]
+_NOT_EMULATED = (
+    "adjust_amax_history_length",
+    "fast_setattr",
+    "get_fp8_meta_tensors",
+    "get_qkv_quantization_capabilities",
+    "grad_output_preprocess",
+    "init_fp8_meta_tensors",
+    "onnx_forward",
+    "prepare_forward_ctx",
+    "register_wgrad_accumulation_and_reduce_hooks",
+    "set_activation_dtype",
+    "set_meta_tensor",
+)
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -87,6 +100,23 @@ class TransformerEngineBaseModule(OneRank, nn.Module):
         self._registered = False
         self._last_region = 0
         self._stash: collections.deque[tuple[Tensor, Tensor]] = collections.deque()
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of Transformer Engine's other methods that they are not emulated.
+
+        Raises:
+            AttributeError: there is no such name.
+        """
+        if name in _NOT_EMULATED:
+            raise AttributeError(f"{type(self).__name__}.{name} is not emulated")
+        return super().__getattr__(name)
+
+    def need_backward_dw(self) -> bool:
+        """Return False: the gradient of a weight is never delayed."""
+        return False
+
+    def backward_dw(self) -> None:
+        """Do nothing, as Transformer Engine where no gradient was delayed."""
 
     # ------------------------------------------------------------------ parameters
 
