@@ -6,10 +6,8 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
-from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import LBFGS, SGD, Adadelta, Adagrad, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adadelta, Adagrad, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 from snippets import fp8 as te
@@ -33,7 +31,6 @@ from snippets.precision_report import (
     Row,
     precision_report,
 )
-from snippets.precision_report.__main__ import main
 from snippets.precision_report.formats import round_, scales
 from snippets.precision_report.judge import _FIXES
 from snippets.true_half import lost_updates
@@ -1123,53 +1120,6 @@ def test_a_checkpointed_block_is_as_it_is_without(way: str) -> None:
         assert (one.low, one.calls) == (two.low, two.calls), one
 
 
-@dataclasses.dataclass
-class Output:
-    """What some models return."""
-
-    logits: Tensor
-    loss: Tensor | None = None
-
-
-class Returns(nn.Module):
-    """Returns its loss in a dataclass; takes keywords."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Output:
-        """Run."""
-        y = self.linear(x)
-        return Output(y, None if labels is None else F.mse_loss(y, labels))
-
-
-def test_batches_and_losses_of_every_form() -> None:
-    """Tuples, dicts, a tensor; a loss of output and target, batch, model, or none."""
-    x, y = data(6, 8), data(6, 4)
-    model, linear = Returns(), nn.Linear(8, 4)
-    wanted = F.mse_loss(model.linear(x), y).item()
-    losses = [
-        precision_report(model, {"x": x, "labels": y}),
-        precision_report(model, UserDict(x=x, labels=y)),  # transformers' batches
-        precision_report(model, (x, y)),
-        precision_report(
-            model, (x, y), lambda out, target: F.mse_loss(out.logits, target)
-        ),
-        precision_report(
-            model, [x, y], lambda out, batch: F.mse_loss(out.logits, batch[1])
-        ),
-        precision_report(model, {"x": x}, lambda out: F.mse_loss(out.logits, y)),
-        precision_report(model, (x, y), lambda model, batch: model(*batch).loss),
-        precision_report(model.linear, (x, y), nn.MSELoss()),
-    ]
-
-    assert [r.loss for r in losses] == pytest.approx([wanted] * 8)
-    assert precision_report(linear, x, torch.sum).loss == pytest.approx(
-        linear(x).sum().item()
-    )
-
-
 def test_fp32_that_is_broken_is_named_with_its_place() -> None:
     """log(0) in the forward pass, sqrt at 0 in the backward pass."""
 
@@ -1361,214 +1311,3 @@ def test_formats_choose_the_verdicts() -> None:
     assert all(
         set(r.formats) == {"mxfp4", "float8_e5m2fnuz", "tf32"} for r in other.rows
     )
-
-
-# --------------------------------------------------------------------------- bad input
-
-
-def bad_input() -> dict[str, tuple[Any, Any, Any, dict[str, Any], str]]:
-    """Return arguments that are wrong, and what is said."""
-    model, mse, good = mlp(), F.mse_loss, (X, Y)
-    frozen, half = mlp().requires_grad_(requires_grad=False), mlp().bfloat16()
-    meta, lazy = nn.Linear(2, 2, device="meta"), nn.LazyLinear(3)
-    fp8 = {"formats": ["float8_e4m3"]}
-    return {
-        "batch": (model, (data(3, 5), Y), mse, {}, "`0` raises RuntimeError: mat1"),
-        "keywords": (model, {"a": X}, mse, {}, "the model raises TypeError"),
-        "target": (model, (X, Y[:3, :3]), mse, {}, "does not fit"),
-        "shape": (model, good, lambda a, b: a - b, {}, r"scalar, got shape \(64, 32\)"),
-        "number": (model, good, lambda a, b: 1.0, {}, "scalar tensor, got float"),
-        "whole": (model, good, lambda a, b: (a > b).sum(), {}, r"torch\.int64"),
-        "detached": (model, good, lambda a, b: a.detach().sum(), {}, "no gradients"),
-        "half": (half, good, mse, {}, r"already: 0\.weight is torch\.bfloat16"),
-        "frozen": (frozen, good, mse, {}, "no gradients: no parameter"),
-        "none": (nn.ReLU(), good, mse, {}, "no gradients: no parameter"),
-        "lazy": (lazy, good, mse, {}, "run a lazy model once"),
-        "meta": (meta, good, mse, {}, "weight has no numbers yet"),
-        "format": (model, good, mse, fp8, "did you mean 'float8_e4m3fn'"),
-        "no format": (model, good, mse, {"formats": []}, "at least one"),
-        "other": (
-            model,
-            good,
-            mse,
-            {"optimizer": SGD(mlp().parameters())},
-            "no parameter",
-        ),
-        "closure": (
-            model,
-            good,
-            mse,
-            {"optimizer": LBFGS(model.parameters())},
-            "LBFGS cannot step on its own",
-        ),
-        "lr": (model, good, mse, {"lr": math.nan}, "positive and finite, got nan"),
-        "zero": (model, good, mse, {"lr": 0.0}, "lr must be positive"),
-    }
-
-
-@pytest.mark.parametrize("what", bad_input())
-def test_bad_input_is_one_clear_error(what: str) -> None:
-    """ValueError, in words; models are as they were (see the test of traces)."""
-    model, batch, loss, options, words = bad_input()[what]
-    with pytest.raises(ValueError, match=words):
-        precision_report(model, batch, loss, **options)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_what_is_no_model_or_optimizer_is_refused() -> None:
-    """TypeError."""
-    with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
-        precision_report(lambda x: x, (X, Y), F.mse_loss)  # type: ignore[arg-type]
-    traced: nn.Module = torch.jit.trace(mlp(), X)  # type: ignore[no-untyped-call]
-    for scripted in (traced, nn.Sequential(torch.jit.script(mlp()))):
-        with pytest.raises(TypeError, match="model is scripted or traced"):
-            precision_report(scripted, (X, Y), F.mse_loss)
-    with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got float"):
-        precision_report(mlp(), (X, Y), F.mse_loss, optimizer=0.1)  # type: ignore[arg-type]
-
-
-# --------------------------------------------------------------------- the command line
-
-SCRIPT = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    batch = torch.ones(4, 32), torch.zeros(4, 32)
-    return nn.Linear(32, 32), batch, nn.functional.mse_loss
-
-def loud():
-    def loss(model, batch):
-        return (model(batch) * 1e30).log().mean()
-    return {"model": nn.Linear(4, 4), "batch": torch.ones(3, 4) * 1e6, "loss_fn": loss}
-
-def odd():
-    return 3
-
-def backward():
-    def loss(model, batch):
-        value = model(batch).sum()
-        value.register_hook(lambda grad: {}["x"])
-        return value
-    return nn.Linear(4, 4), torch.ones(3, 4), loss
-
-def fails():
-    return {}["x"]
-"""
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Put a script into an empty working directory.
-
-    Yields:
-        Its name.
-    """
-    (tmp_path / "my_script.py").write_text(SCRIPT)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield "my_script"
-    sys.modules.pop("my_script", None)
-
-
-def test_the_command_prints_and_exits(
-    script: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """0 with a report, 1 if a required mode is unsafe; JSON, and a figure."""
-    assert main([f"{script}:build", "--require", "bf16", "--plot", "a.png"]) == 0
-    assert "bf16-mixed: safe" in capsys.readouterr().out
-    assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
-    assert (
-        main([
-            f"{script}.py:build",
-            "--json",
-            "--formats",
-            "tf32",
-            "--require",
-            "mxfp8",
-        ])
-        == 0
-    )
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["formats"] == ["tf32", "bfloat16", "mxfp8_e4m3"]
-    assert main([f"{script}:build", "--require", "16-true", "--lr", "1e-2"]) == 1
-    assert "required, but 16-true: unsafe" in capsys.readouterr().err
-    assert (
-        main([f"{script}:loud", "--require", "16-mixed", "--require", "bf16-mixed"])
-        == 1
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("my_script", "my_script:build, got 'my_script'"),
-        ("nothing:build", "no nothing.py in"),
-        ("my_script:build_", "did you mean 'build'"),
-        ("my_script:odd", "must return .model, batch, loss_fn., got int"),
-        ("my_script:fails", "my_script:fails raises KeyError: 'x'"),
-        ("my_script:backward", "error: the step raises KeyError"),
-        ("my_script:build --lr -1", "lr must be positive"),
-        ("my_script:build --plot no/such/a.png", "cannot write no/such/a.png"),
-    ],
-)
-def test_usage_errors_exit_with_two(
-    script: str, capsys: pytest.CaptureFixture[str], arguments: str, words: str
-) -> None:
-    """One line on stderr, no traceback."""
-    assert main(arguments.split()) == 2
-    said = capsys.readouterr().err
-    assert re.search(words, said), said
-    assert len(said.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments", ["--require bf16-mixt", "--formats float61", "", "--lr x"]
-)
-def test_argparse_refuses_with_two(
-    script: str, capsys: pytest.CaptureFixture[str], arguments: str
-) -> None:
-    """Unknown modes and formats name what is near."""
-    with pytest.raises(SystemExit) as exit_:
-        main([*(["my_script:build"] if arguments else []), *arguments.split()])
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    if "require" in arguments:
-        assert "did you mean 'bf16-mixed'" in said
-    if "formats" in arguments:
-        assert "did you mean 'float16'" in said
-
-
-def test_a_copied_folder_runs_as_a_command(script: str, tmp_path: Path) -> None:
-    """As python -m precision_report, with nothing of this project in reach."""
-    import shutil  # noqa: PLC0415
-
-    shutil.copytree(ROOT / "snippets/precision_report", tmp_path / "precision_report")
-    done = subprocess.run(
-        [sys.executable, "-m", "precision_report", f"{script}:build"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-    assert done.returncode == 0, done.stderr
-    assert "recommended: bf16-mixed" in done.stdout
-    assert done.stderr == ""
-
-
-def test_progress_is_told_on_a_terminal_and_when_it_takes_long(
-    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A line that is rewritten, or one now and then; nothing where it is short."""
-    clock = iter(range(0, 10**6, 7))
-    main([f"{script}:build"])
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(
-        "snippets.precision_report.__main__.time.monotonic", lambda: next(clock)
-    )
-    main([f"{script}:build"])
-    assert re.search(r"(?m)^precision_report: \w+.*, \d+ s$", capsys.readouterr().err)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    main([f"{script}:build"])
-    said = capsys.readouterr().err
-    assert "\r\x1b[Kprecision_report: backward pass" in said
-    assert said.endswith("\r\x1b[K")
