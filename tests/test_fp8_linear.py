@@ -390,3 +390,25 @@ def test_hopper_obeys_the_split_accumulator() -> None:
 
     assert error(split=False) < -0.01  # truncation loses, always downward
     assert abs(error(split=True)) < 0.005
+
+
+def test_a_product_in_high_precision_takes_any_number_of_rows() -> None:
+    """Where a ``CustomRecipe`` leaves one of its operands as it is."""
+
+    def leaving(*kinds: str) -> te.CustomRecipe:
+        def factory(role: te.QuantizerRole | None) -> te.Quantizer:
+            if role is None or role.tensor_type in kinds:
+                return te.IdentityQuantizer()
+            return te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3)
+
+        return te.CustomRecipe(qfactory=factory)
+
+    x = torch.ones(8, 32, requires_grad=True)
+    for recipe in (leaving("grad_output"), leaving("input", "weight")):
+        with te.autocast(recipe=recipe):
+            te.Linear(32, 32)(x)
+    with (
+        te.autocast(recipe=leaving("weight")),
+        pytest.raises(ValueError, match="divisible by 16: the weight gradient"),
+    ):
+        te.Linear(32, 32)(x)

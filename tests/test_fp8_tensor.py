@@ -557,6 +557,18 @@ def test_a_plain_tensor_is_an_identity_tensor_of_the_dtype_asked_for() -> None:
     made = quantized(te.IdentityQuantizer(dtype=torch.bfloat16), x)
     assert made.dtype == torch.bfloat16
     assert torch.equal(made._hp_data, x.bfloat16())
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert torch.equal(loaded.add_(1).dequantize(), made.dequantize() + 1)
+    empty = te.IdentityQuantizer(dtype=torch.bfloat16).make_empty((4, 4))
+    assert empty.dtype == torch.bfloat16
+    source = torch.ones(4, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        made.copy_(source)
+        source.zero_()
+    assert (made.dequantize() == 1).all(), "it has what was written, not its memory"
     made.update_usage(False, False)
     assert made.get_usages() == {"rowwise": True, "columnwise": True}
 

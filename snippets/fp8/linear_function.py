@@ -22,6 +22,7 @@ from .quantized import Quantized, matmul
 from .quantizers import (
     Float8CurrentScalingQuantizer,
     Float8Quantizer,
+    IdentityQuantizer,
     Quantizer,
     check_shape,
 )
@@ -97,25 +98,31 @@ def linear(inp: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tens
         check_shape(inp, call.input_quantizer)
         check_shape(weight, call.weight_quantizer)
         if torch.is_grad_enabled() and call.backward_override is None:
-            _check_summed(inp, weight)
+            _check_summed(inp, weight, call)
     out: Tensor = _Linear.apply(inp, weight, bias, call)  # type: ignore[no-untyped-call]
     return out
 
 
-def _check_summed(inp: Tensor, weight: Tensor) -> None:
+def _check_summed(inp: Tensor, weight: Tensor, call: Call) -> None:
     """Refuse rows that the backward's products could not sum over.
 
     Transformer Engine's own check lets multiples of 8 pass; its documentation asks for
-    multiples of 16, and so do the FP8 kernels, in the backward.
+    multiples of 16, and so do the FP8 kernels, in the backward. A product with a tensor
+    that a ``CustomRecipe`` leaves in high precision is not one of theirs.
 
     Raises:
         ValueError: they are no multiple of 16.
     """
     rows, outputs = inp[..., 0].numel(), weight.shape[0]
-    for count, needed, product in (
-        (rows, weight.requires_grad, "weight gradient sums over the rows of the input"),
-        (outputs, inp.requires_grad, "input gradient sums over the rows of the weight"),
+    over_rows = "weight gradient sums over the rows of the input"
+    over_outputs = "input gradient sums over the rows of the weight"
+    for count, needed, quantizer, product in (
+        (rows, weight.requires_grad, call.input_quantizer, over_rows),
+        (outputs, inp.requires_grad, call.weight_quantizer, over_outputs),
     ):
+        operands = (quantizer, call.grad_output_quantizer)
+        if any(isinstance(operand, IdentityQuantizer) for operand in operands):
+            continue
         if needed and count % 16:
             raise ValueError(
                 f"FP8 training requires both dimensions to be divisible by 16: the "

@@ -237,6 +237,7 @@ class Quantizer:
             rowwise=self.rowwise_usage,
             columnwise=self.columnwise_usage,
         )
+        dtype = _dtype_of(made, dtype)
         return QuantizedTensor(made, dtype, self, requires_grad, shape=zeros.shape)
 
     def _without_effects(self) -> "Quantizer":
@@ -273,6 +274,14 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1] if x.dim() else 1)
 
 
+def _dtype_of(made: Quantized, dtype: torch.dtype) -> torch.dtype:
+    """Return what a tensor of ``dtype`` reads as: itself, or an identity's cast."""
+    packed = made.rowwise or made.columnwise
+    if packed is None or packed.inv_scale is not None:
+        return dtype
+    return packed.codes.dtype
+
+
 class _Quantize(torch.autograd.Function):
     """Quantizes, and hands the gradient through."""
 
@@ -285,9 +294,7 @@ class _Quantize(torch.autograd.Function):
             rowwise=quantizer.rowwise_usage,
             columnwise=quantizer.columnwise_usage,
         )
-        packed = made.rowwise or made.columnwise
-        identity = packed is not None and packed.inv_scale is None
-        dtype = packed.codes.dtype if packed is not None and identity else x.dtype
+        dtype = _dtype_of(made, x.dtype)
         return QuantizedTensor(made, dtype, quantizer, shape=x.shape)
 
     @staticmethod

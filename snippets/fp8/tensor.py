@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .quantized import Packed, Quantized
-from .quantizers import Quantizer
+from .quantizers import IdentityQuantizer, Quantizer
 
 __all__ = ["QuantizedTensor"]
 
@@ -157,11 +157,13 @@ class QuantizedTensor(torch.Tensor):
         if isinstance(values, QuantizedTensor):
             values = values.dequantize()
         before = self.quantized
-        self._cell[0] = quantizer.to_quantized(
+        made = quantizer.to_quantized(
             values.detach().reshape(before.shape),
             rowwise=before.rowwise is not None,
             columnwise=before.columnwise is not None,
         )
+        identity = isinstance(quantizer, IdentityQuantizer)  # it returns its argument
+        self._cell[0] = _copied(made) if identity else made
         return self
 
     def _get_quantizer(self) -> Quantizer:
@@ -442,7 +444,10 @@ def _rebuild(
     row = None if rowwise is None else Packed(*rowwise)
     column = None if columnwise is None else Packed(*columnwise)
     full = None if whole is None else torch.Size(whole)
-    return QuantizedTensor(Quantized(shape, row, column), dtype, None, shape=full)
+    plain = (row or column or Packed(torch.empty(0))).inv_scale is None
+    quantizer = IdentityQuantizer() if plain else None
+    made = Quantized(shape, row, column)
+    return QuantizedTensor(made, dtype, quantizer, shape=full)
 
 
 # torch.load(weights_only=True), the default, may then read such a parameter.
