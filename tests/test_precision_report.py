@@ -1219,6 +1219,229 @@ def test_what_is_asked_for_in_float32_is_not_in_16_bits() -> None:
         assert report.verdicts["16-mixed"].level == level
 
 
+class Island(nn.Module):
+    """A block whose numbers are beyond FP16, in one way or another kept in FP32."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.loud, self.quiet = way, nn.Linear(16, 16), nn.LayerNorm(16)
+        self.head = nn.Linear(16, 16)
+        nn.init.normal_(self.loud.weight, std=4e4)
+        self.decorated = torch.autocast("cpu", enabled=False)(self.inner)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Make large numbers small again."""
+        y: Tensor = self.quiet(self.loud(x))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        if self.way == "none":
+            y = self.inner(x)
+        elif self.way == "decorator":
+            y = self.decorated(x.float())
+        elif self.way == "a device that is absent":
+            with torch.autocast("cuda", enabled=False):
+                y = self.inner(x.float())
+        elif self.way == "left again":
+            with torch.autocast("cpu", enabled=False), torch.autocast("cpu", FP16):
+                y = self.inner(x)
+        else:
+            with torch.autocast("cpu", enabled=False):
+                y = self.inner(x.float())
+        out: Tensor = self.head(y)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("way", "holds"),
+    [("none", False), ("left again", False), ("block", True), ("decorator", True)],
+)
+def test_blocks_without_autocast_are_seen(way: str, holds: bool) -> None:
+    """FP16 by autocast is finite where the report says that it is safe."""
+    torch.manual_seed(0)
+    model, x = Island(way), data(8, 16)
+    verdict = precision_report(model, x, lambda y: y.mean()).verdicts["16-mixed"]
+    with torch.autocast("cpu", FP16):
+        output = model(x)
+    assert verdict.is_safe == holds == bool(output.isfinite().all()), str(verdict)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_autocast_of_the_reader_is_followed_and_left_as_it_was() -> None:
+    """The step is in FP32; a block for a GPU that is absent is no island; no trace."""
+    kind: Any = torch.amp.autocast_mode.autocast
+    before = dict(vars(kind)), dict(vars(Tensor))
+    seen = []
+
+    def step(device: str) -> Callable[[nn.Module, Any], Tensor]:
+        def run(model: nn.Module, batch: Tensor) -> Tensor:
+            with torch.autocast(device, BF16):
+                output = model(batch)
+            seen.append(output.dtype)
+            loss: Tensor = output.float().mean()
+            return loss
+
+        return run
+
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        report = precision_report(Island("none"), data(8, 16), step(device))
+        assert not report.verdicts["16-mixed"].is_safe
+        absent = Island("a device that is absent")
+        assert (
+            precision_report(absent, data(8, 16), step(device))
+            .verdicts["16-mixed"]
+            .is_safe
+        )
+    assert set(seen) == {torch.float32}
+    assert (dict(vars(kind)), dict(vars(Tensor))) == before
+    block = torch.autocast("cpu", BF16)
+    with pytest.raises(ValueError, match="does not fit"), block:
+        precision_report(Island("block"), data(8, 5), step("cpu"))
+    assert dict(vars(kind)) == before[0]
+    with block:
+        assert (data(2, 2) @ data(2, 2)).dtype == BF16
+
+
+class Norm(nn.Module):
+    """A root mean square by hand, of numbers whose squares are beyond FP16."""
+
+    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.cast = nn.Linear(16, 16), cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        y = self.cast(self.linear(x) * 300)
+        z: Tensor = y * (y * y).mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return z
+
+
+@pytest.mark.parametrize(
+    ("cast", "holds"),
+    [
+        (lambda x: x, False),
+        (lambda x: x.to("cpu"), False),
+        (lambda x: x.float(), True),
+        (lambda x: x.to(torch.float32), True),
+        (lambda x: x.to(dtype=torch.float32), True),
+        (lambda x: x.type(torch.float32), True),
+    ],
+)
+def test_a_cast_to_fp32_is_seen(cast: Callable[[Tensor], Tensor], holds: bool) -> None:
+    """It does nothing in FP32, and keeps the squares from Inf in FP16."""
+    torch.manual_seed(0)
+    model, x = Norm(cast), data(8, 16)
+    verdict = precision_report(model, x, lambda y: y.mean()).verdicts["16-mixed"]
+    with torch.autocast("cpu", FP16):
+        output = model(x)
+    is_right = torch.allclose(output.float(), model(x), atol=0.05)
+    assert verdict.is_safe == holds == is_right, str(verdict)
+
+
+class Odds(nn.Module):
+    """A probability that is kept from 0 and 1, for a logarithm."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.linear, self.eps = nn.Linear(8, 4), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = (self.linear(x) * 20).sigmoid().clamp(self.eps, 1 - self.eps)
+        return y
+
+
+@pytest.mark.parametrize("eps", [1e-7, 1e-3, 1e-2])
+def test_a_bound_that_becomes_one_is_told(eps: float) -> None:
+    """1 - 1e-3 is 1 in BF16, and not in FP16: log(1 - p) is NaN as the report says."""
+    torch.manual_seed(0)
+    model, x, y = Odds(eps), data(64, 8), (data(64, 4) < 0).float()
+
+    def loss_fn(p: Tensor, y: Tensor) -> Tensor:
+        return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+
+    report = precision_report(model, (x, y), loss_fn)
+    for mode, dtype in (("16-mixed", FP16), ("bf16-mixed", BF16)):
+        with torch.autocast("cpu", dtype):
+            loss = loss_fn(model(x), y)
+        verdict = report.verdicts[mode]
+        assert verdict.is_safe == bool(loss.isfinite()), (eps, str(verdict))
+        if not verdict.is_safe:
+            assert f"{1 - eps:g}" in verdict.text
+            assert f"is 1 in {str(dtype).removeprefix('torch.')}" in verdict.text
+
+
+def test_a_loss_scale_far_above_gradscalers_first_is_a_caution() -> None:
+    """At 2^16 nothing moves, and 2^30 is 28,000 steps away."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    batch = data(64, 8), data(64, 4)
+    loss_fn = lambda y, t: F.mse_loss(y.float(), t) * 1e-13  # noqa: E731
+    verdict = precision_report(model, batch, loss_fn).verdicts["16-mixed"]
+    assert verdict.loss_scale is not None
+    power = verdict.loss_scale[0]
+    assert verdict.level == "caution"
+    assert f"needs {2000 * (power - 16):,} steps to 2^{power}" in verdict.text
+    moved = {}
+    for start in (16, power):
+        twin = copy.deepcopy(model)
+        optimizer, scaler = SGD(twin.parameters(), 1e12), GradScaler("cpu", 2.0**start)
+        for _ in range(5):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", FP16):
+                loss = loss_fn(twin(batch[0]), batch[1])
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.step(optimizer)
+            scaler.update()  # type: ignore[no-untyped-call]
+        pairs = zip(model.parameters(), twin.parameters(), strict=True)
+        moved[start] = sum(int((a != b).sum()) for a, b in pairs)
+    assert moved[16] == 0 < moved[power]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_mask_before_a_softmax_hides_where_no_row_is_hidden_whole(
+    hidden: bool,
+) -> None:
+    """-9e15 becomes -Inf in FP16, of which softmax makes a zero; NaN of a whole row."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(8, 8)
+            self.edges = torch.eye(8) > hidden
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.score(x)
+            y: Tensor = torch.where(self.edges, scores, -9e15 * torch.ones_like(scores))
+            return y.softmax(-1)
+
+    torch.manual_seed(0)
+    model, x = Graph(), data(8, 8)
+    report = precision_report(model, x, lambda y: y.square().mean())
+    output = model.half()(x.half())
+    assert report.verdicts["16-mixed"].is_safe == bool(output.isfinite().all())
+    assert report.verdicts["16-mixed"].is_safe != hidden
+
+
+def test_what_is_copied_before_it_is_cast_is_cast() -> None:
+    """A linear layer copies a transpose; autocast casts the copy: its input counts."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x.transpose(1, 2))
+            return y
+
+    x = data(2, 8, 4) * 1e5
+    report = precision_report(Turned(), x, lambda y: y.mean())
+    assert find(report, "linear", "input").low
+    assert not report.verdicts["16-mixed"].is_safe
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_sparse_and_nested_tensors_are_read() -> None:

@@ -21,6 +21,7 @@ from .report import (
 
 # Rounding touches a tail of every distribution; what is lost beyond MANY is no tail.
 SOME, MANY = 0.05, 0.25
+FIRST = 16  # GradScaler begins at 2^16, and doubles after 2,000 steps
 LOST = 0.5  # of all updates of a step: most weights stand still
 FORWARD = ("input", "weight", "output", "inside")
 GRADS = ("grad_output", "grad_weight")
@@ -31,6 +32,7 @@ _FIXES = {
     "overflow": ("keep it in FP32, or use BF16", "guide/selective_precision"),
     "underflow": ("rescale it, or keep it in FP32", "background/number_formats"),
     "gradients": ("scale the loss, or use BF16", "guide/loss_scaling"),
+    "scale": ("begin with it, GradScaler(init_scale=...)", "guide/loss_scaling"),
     "updates": ("keep main params in FP32, or round stochastically", "guide/true_half"),
     "adam": ("use 16-mixed or bf16-mixed, or TrueHalfAdamW", "guide/true_half"),
     "integers": ("pass whole numbers as int64", "guide/mixed_precision"),
@@ -105,6 +107,7 @@ class _Judge:
         for constant in self.constants():
             noted.add((constant.module, constant.operation))
             size = "zero" if abs(constant.value) < 1 else "infinite"
+            size = "1" if _is_near_one(constant.value, self.fmt) else size
             level = "unsafe" if constant.bites else "caution"
             if constant.bites or self.mode.stores:
                 what = "eps" if abs(constant.value) < 1 else "mask"
@@ -128,10 +131,11 @@ class _Judge:
                 self.find(level, "integers", text, row, lost)
 
     def constants(self) -> Iterator[Constant]:
-        """Yield the constants that this mode makes zero or infinite."""
+        """Yield the constants that this mode makes zero, one or infinite."""
         for constant in self.report.constants:
             size = abs(constant.value)
             fits = self.fmt.zero < size < self.fmt.overflow
+            fits &= not _is_near_one(size, self.fmt)
             if not fits and (constant.low or self.mode.stores) and constant.bites:
                 yield constant
 
@@ -165,7 +169,13 @@ class _Judge:
             level = "unsafe" if share >= MANY else "caution"
             self.find(level, "gradients", text, worst, share)
             return None
-        if low > 0:
+        if low > FIRST and (share := self.below(worst, FIRST)) >= SOME:
+            text = (
+                f"{_at(worst)} underflows {percent(share)} at GradScaler's 2^{FIRST}, "
+                f"from which it needs {2000 * (low - FIRST):,} steps to 2^{low}"
+            )
+            self.find("caution", "scale", text, worst, share)
+        elif low > 0:
             share = self.below(worst)
             text = f"without loss scaling {_at(worst)} underflows {percent(share)}"
             self.find("safe", "gradients", text, worst, share)
@@ -284,7 +294,6 @@ class _Judge:
             more = f"; and {len(worst) - 2} more" if len(worst) > 2 else ""
             text += f": {'; '.join(worst[:2])}{more}"
         if scale and level != "unsafe":
-            # GradScaler begins at 2^16 and halves until nothing overflows.
             text += f" with loss scaling ≥ 2^{scale[0]}" if scale[0] > 0 else ""
         return Verdict(self.name, level, text, self.findings, scale)
 
@@ -297,6 +306,12 @@ def _decay(group: dict[str, Any]) -> float | None:
         return float(group["betas"][1])
     # RMSprop's alpha; Adagrad adds up. Adadelta has eps under the root, so no harm.
     return group.get("alpha", 0.0 if "initial_accumulator_value" in group else None)
+
+
+def _is_near_one(number: float, fmt: Format) -> bool:
+    """Whether it is rounded to 1, or -1, and is not."""
+    size = abs(number)
+    return size != 1 and round_(torch.tensor(size).double(), fmt).item() == 1
 
 
 def _at(row: Row) -> str:

@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Constant:
-    """A number in the code that float16 makes zero or infinite."""
+    """A number in the code that 16 bits make zero, one or infinite."""
 
     value: float
     module: str
@@ -83,7 +83,7 @@ class Constant:
 
     def __str__(self) -> str:
         at = f", {self.where}" if self.where else ""
-        return f"{self.value:g} in `{self.module or 'model'}` ({self.operation}{at})"
+        return f"{self.value:.8g} in `{self.module or 'model'}` ({self.operation}{at})"
 
 
 @dataclass(frozen=True)

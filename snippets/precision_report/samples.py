@@ -23,12 +23,13 @@ CALLS = 4  # of a module that are sampled; of all others the amax is taken
 class Value:
     """What is known of the numbers in a tensor, which its views share."""
 
-    __slots__ = ("cast", "index", "limits", "low")
+    __slots__ = ("cast", "index", "limits", "low", "source")
 
     def __init__(self, *, low: bool = False) -> None:
         self.low = low  # autocast would have made it in 16 bits
         self.cast = False  # or would cast it to 16 bits where it is used
         self.index = False  # turned into whole numbers, so more than a quantity
+        self.source: Value | None = None  # what it is a copy of
         self.limits: dict[Any, int] = {}  # which of Samples.limits, for each view
 
 

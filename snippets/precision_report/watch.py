@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .formats import FORMATS
+from .islands import Casts, Islands
 from .report import KINDS, Constant, Row
 from .rounding import fill
 from .samples import Samples, Value, tensors_in
-from .step import call, next_step
+from .step import call, next_step, problem_with
 
 # What autocast runs in 16 bits, and what in FP32 whatever comes (CUDA's lists), as ATen
 # calls it. All else is in 16 bits if all tensors that go in are.
@@ -41,6 +42,7 @@ _RAISES = _NORMS_FP32 | {
 _FP16, _FP32 = FORMATS["float16"], torch.finfo(torch.float32)
 # A code that asks finfo for its mask or eps will ask again in another dtype.
 _ADAPTIVE = {_FP32.max, _FP32.tiny, _FP32.eps}
+_ONE = 2.0**-9  # 1 - 2**-9 is 1 in BF16
 _HERE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
@@ -70,6 +72,8 @@ class Watch:
         self.is_backward = False
         self.handles = ExitStack()
         self.running: list[nn.Module] = []
+        self.islands = Islands()
+        self.softmaxed: list[tuple[int, Tensor]] = []  # limits, and least row's largest
         self.done = 0
         self.values: dict[int, tuple[Any, Value]] = {}  # by storage, which views share
         self.kinds: dict[Any, tuple[str, bool]] = {}  # of operations
@@ -121,8 +125,8 @@ class Watch:
         marks = hooks._global_forward_hooks_with_kwargs
         self.handles.callback(marks.pop, leave.id, None)
         try:
-            with _Operations(self):
-                loss = call(self.model, batch, loss_fn)
+            with self.islands.followed(), Casts(self.widen), _Operations(self):
+                loss: Tensor = call(self.model, batch, loss_fn)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -132,14 +136,8 @@ class Watch:
                 f"this batch does not fit the model and loss_fn: {at} raises {name}: "
                 f"{error}"
             ) from error
-        if not isinstance(loss, Tensor):
-            got = type(loss).__name__
-            raise ValueError(f"the loss must be a scalar tensor, got {got}")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            got = f"shape {tuple(loss.shape)} in {loss.dtype}"
-            raise ValueError(f"the loss must be a scalar, got {got}: take the mean")
-        if not loss.requires_grad:
-            raise ValueError("the loss has no gradients: no trained parameter is in it")
+        if problem := problem_with(loss, loss_fn):
+            raise ValueError(problem)
         return loss
 
     def enter(self, module: nn.Module, args: object) -> None:
@@ -172,6 +170,14 @@ class Watch:
                 value = self.outputs.get((name, place)) or self.value(tensor)
                 row = Row(name, "grad_output", place, (), layer=type(module).__name__)
                 self.follow(tensor, row, value)
+
+    def widen(self, tensor: Tensor) -> Tensor:
+        """Return what a cast to FP32 makes of a tensor that autocast has in 16 bits."""
+        if not self.value(tensor).low:
+            return tensor
+        wide = tensor.clone()
+        self.value(wide).low = False
+        return wide
 
     def is_shown(self, module: nn.Module) -> bool:
         """Whether a module has rows: it has parameters of its own, or no modules."""
@@ -215,7 +221,8 @@ class Watch:
             name = func.overloadpacket.__name__
             aliases = [a.alias_info for a in func._schema.arguments if a.alias_info]
             is_view = bool(aliases) and not any(a.is_write for a in aliases)
-            kind = self.kinds[func] = name, is_view or "empty" in name
+            is_skipped = is_view or "empty" in name or name == "_unsafe_view"
+            kind = self.kinds[func] = name, is_skipped
         name, is_skipped = kind
         if is_skipped:
             return
@@ -225,16 +232,22 @@ class Watch:
             for value, _ in ins:
                 value.index |= name == "_to_copy"
             return
-        if name in _LOWERS:
+        if name in _LOWERS and not self.islands.inside:
             for value, _ in ins:
-                value.cast = True
+                operand: Value | None = value
+                while operand:
+                    operand.cast, operand = True, operand.source
+        module = self.module
+        if name == "_softmax":
+            at = self.limit(args[0], ins[0][0], module, "input")
+            self.softmaxed.append((at, args[0].detach().amax(args[1]).amin()))
         # Asked for by name, as in zeros_like(x, dtype=torch.float32).
         is_wide = kwargs.get("dtype") in {torch.float32, torch.float64}
         low = self.is_low(name, ins) and not is_wide
         is_norm = name in _NORMS or name in _NORMS_FP32
-        module = self.module
         for out in outs[:1] if is_norm else outs:  # statistics stay in FP32
             value, storage = Value(low=low), out.untyped_storage()
+            value.source = ins[0][0] if name == "clone" else None
             self.values[storage._cdata] = weakref.ref(storage), value
             limits = self.limit(out, value, module, name)
             self.inside.append((module, name, out.shape, limits, low))
@@ -245,10 +258,10 @@ class Watch:
 
     def is_low(self, name: str, ins: list[tuple[Value, int]]) -> bool:
         """Say whether autocast would have the result in 16 bits."""
-        if name in _LOWERS:
-            return True
-        if name in _RAISES or not ins:
+        if not ins:
             return False
+        if not self.islands.inside and name in _LOWERS | _RAISES:
+            return name in _LOWERS
         if name in _NORMS:
             return ins[0][0].low
         wide = [value.low for value, dim in ins if dim]
@@ -259,7 +272,9 @@ class Watch:
         size = abs(number)
         if name.startswith(("mul", "div")):
             return  # the product is rounded, not the constant
-        if size >= _FP16.overflow and math.isfinite(size):
+        if name.startswith("clamp") and 0 < abs(1 - size) <= _ONE:
+            bites = bool((out.abs() >= 1 - _ONE).any())  # a bound that keeps log from 0
+        elif size >= _FP16.overflow and math.isfinite(size):
             bites = True
         elif 0 < size <= _FP16.zero:
             bites = bool(((out.abs() <= _FP16.zero) & (out != 0)).any())
@@ -335,9 +350,13 @@ class Watch:
         rows.sort(key=lambda row: (order[row.module], KINDS.index(row.kind)))
         largest = {i: max(map(abs, pair)) for i, pair in enumerate(limits)}
         inside: dict[tuple[str, str, bool], Row] = {}
+        # Before a softmax -9e15 hides as -Inf does, where no row is hidden whole.
+        masks = {limits[at][0] for at, row in self.softmaxed if row > -_FP16.overflow}
         for module, name, shape, at, low in self.inside:
-            amax, is_shown = largest[at], at in self.samples.picked
-            if _FP16.overflow <= amax < _FP32.max and not is_shown:
+            amax, (least, most) = largest[at], limits[at]
+            is_mask = most < _FP16.overflow and least in masks
+            is_shown = at in self.samples.picked
+            if _FP16.overflow <= amax < _FP32.max and not is_shown and not is_mask:
                 new = Row(module, "inside", name, tuple(shape), low=low)
                 row = inside.setdefault((module, name, low), new)
                 row.amax, row.calls = max(row.amax, amax), row.calls + 1
