@@ -1377,7 +1377,10 @@ def test_a_loss_scale_far_above_gradscalers_first_is_a_caution() -> None:
     """At 2^16 nothing moves, and 2^30 is 28,000 steps away."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     batch = data(64, 8), data(64, 4)
-    loss_fn = lambda y, t: F.mse_loss(y.float(), t) * 1e-13  # noqa: E731
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output.float(), target) * 1e-13
+
     verdict = precision_report(model, batch, loss_fn).verdicts["16-mixed"]
     assert verdict.loss_scale is not None
     power = verdict.loss_scale[0]
@@ -1393,7 +1396,7 @@ def test_a_loss_scale_far_above_gradscalers_first_is_a_caution() -> None:
                 loss = loss_fn(twin(batch[0]), batch[1])
             torch.autograd.backward(scaler.scale(loss))
             scaler.step(optimizer)
-            scaler.update()  # type: ignore[no-untyped-call]
+            scaler.update()
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
         moved[start] = sum(int((a != b).sum()) for a, b in pairs)
     assert moved[16] == 0 < moved[power]
