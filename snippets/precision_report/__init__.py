@@ -21,17 +21,19 @@ SPDX-License-Identifier: Apache-2.0
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .formats import ALIASES, DEFAULT, FORMATS, MODES, Format, Mode
 from .judge import judge
 from .report import Constant, Finding, PrecisionReport, Row, Verdict, suggest
-from .step import unchanged
+from .samples import tensors_in
+from .step import unchanged, unwrapped
 from .watch import Watch
 
 __all__ = ["ALIASES", "FORMATS", "MODES", "Constant", "Finding", "Format", "Mode"]
@@ -61,13 +63,14 @@ def precision_report(
     specification for 32 numbers in a row.
 
     Args:
-        model: Parameters in float32 or float64. Of a compiled model the original runs.
+        model: Parameters in float32 or float64. Of one that is compiled, in DDP or
+            DataParallel, or set up by Fabric, the original runs, on this rank alone.
         batch: A tuple or list is ``(*inputs, target)``; a dict goes in by keywords; all
             else is the one input, and the target as well.
         loss_fn: ``loss_fn(output, target)`` -> scalar, or ``loss_fn(output)``. A second
             parameter called ``batch`` gets all of the batch, and with a first one
             called ``model`` it calls the model itself: ``loss_fn(model, batch)``. None
-            where the model returns its loss, as it is or as ``loss`` of an output.
+            where the model returns its loss. A dict or an output has it as ``loss``.
         formats: Names in `FORMATS`. There is a verdict for each of `MODES` whose
             formats are all there.
         lr: Learning rate > 0 where there is no ``optimizer``: updates are those of
@@ -77,11 +80,13 @@ def precision_report(
         progress: Called with a few words as the work goes on.
 
     Raises:
-        TypeError: ``model`` is no module, or is scripted, or ``optimizer`` is none.
+        TypeError: ``model`` is no module, or is scripted; ``optimizer`` or ``lr`` is
+            none.
         ValueError: No such format; parameters that are none, lazy, all frozen, without
-            memory or in half precision; a batch that does not fit the model; a loss
-            that is no scalar or has no gradients; ``lr`` is not positive and finite;
-            an optimizer of another model, or whose step needs a closure.
+            memory or in half precision; a batch that is empty or does not fit the
+            model; a loss that is no real scalar or has no gradients; ``lr`` is not
+            positive and finite; an optimizer of another model, or whose step needs a
+            closure.
 
     Example:
         >>> model, x = nn.Linear(16, 16), torch.ones(4, 16)
@@ -90,7 +95,7 @@ def precision_report(
         bf16-mixed: safe
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's and Fabric's
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     chosen = tuple(dict.fromkeys([formats] if isinstance(formats, str) else formats))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -99,7 +104,8 @@ def precision_report(
     if not isinstance(optimizer, Optimizer | None):
         got = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {got}")
-    if problem := _problem(model, chosen, lr):
+    lr = _number(lr)
+    if problem := _problem(model, batch, chosen, lr):
         raise ValueError(problem)
     groups = optimizer.param_groups if optimizer else []
     stepped = {id(p) for group in groups for p in group["params"]}
@@ -131,7 +137,15 @@ def precision_report(
     return found
 
 
-def _problem(model: nn.Module, formats: tuple[str, ...], lr: float) -> str:
+def _number(lr: Any) -> float:  # noqa: ANN401
+    if isinstance(lr, Tensor) and lr.numel() == 1:
+        lr = lr.item()
+    if isinstance(lr, bool) or not isinstance(lr, Real):
+        raise TypeError(f"lr must be a number such as 1e-3, got {lr!r}")
+    return float(lr)
+
+
+def _problem(model: nn.Module, batch: Any, formats: tuple[str, ...], lr: float) -> str:  # noqa: ANN401
     """Say what is wrong, as far as that can be told without running the model."""
     for name in formats:
         if name not in FORMATS:
@@ -149,4 +163,8 @@ def _problem(model: nn.Module, formats: tuple[str, ...], lr: float) -> str:
         return "the model has no gradients: no parameter requires one"
     if not formats:
         return "formats must name at least one format"
+    tensors = [t for _, t in tensors_in(batch, every=True)]
+    if tensors and not any(t.numel() for t in tensors):
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        return f"the batch is empty: it has nothing but shape {shapes}"
     return "" if 0 < lr < math.inf else f"lr must be positive and finite, got {lr}"

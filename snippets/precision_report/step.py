@@ -15,14 +15,30 @@ from torch.optim import Optimizer
 
 from .samples import tensors_in
 
+_PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set}
+
+
+def unwrapped(model: Any) -> Any:  # noqa: ANN401
+    """Return what torch.compile, data parallelism and Fabric have wrapped.
+
+    Without them there is nothing to wait for on other ranks.
+    """
+    while True:
+        is_fabric = type(model).__name__ == "_FabricModule"
+        if is_fabric or isinstance(model, _PARALLEL):
+            model = model.module
+        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> Any:  # noqa: ANN401
     """Call the model and the loss function as `precision_report` says."""
     names = _names(loss_fn)
     if loss_fn is not None and names[:1] == ["model"]:
-        return loss_fn(model, batch)
+        return _loss_in(loss_fn(model, batch))
     has_target = isinstance(batch, (tuple, list)) and len(batch) > 1
     if isinstance(batch, Mapping):
         output, target = model(**batch), batch
@@ -32,11 +48,50 @@ def call(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None) -> An
     else:
         output, target = model(batch), batch
     if loss_fn is None:
-        found = output.get("loss") if isinstance(output, Mapping) else output
-        return getattr(found, "loss", found)
+        return _loss_in(output)
     if len(names) == 1 or not (names or has_target):
-        return loss_fn(output)
-    return loss_fn(output, batch if names[1:2] == ["batch"] else target)
+        return _loss_in(loss_fn(output))
+    return _loss_in(loss_fn(output, batch if names[1:2] == ["batch"] else target))
+
+
+def _loss_in(output: Any) -> Any:  # noqa: ANN401
+    """Return the loss of a dict or of a model's output; of all else, the whole."""
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    return getattr(output, "loss", output)
+
+
+def problem_with(loss: object, loss_fn: Callable[..., Any] | None) -> str:
+    """Say why backward cannot begin at a loss; "" if it can."""
+    who = "the model" if loss_fn is None else "loss_fn"
+    kind = type(loss).__name__
+    if isinstance(loss, (Mapping, tuple, list)):
+        inner = loss if isinstance(loss, Mapping) else map(_kind, loss)
+        got = f"got {kind} ({', '.join(map(str, inner))})"
+        hint = f"let {who} return the loss alone, or a dict with 'loss'"
+        if loss_fn is None:
+            hint = "pick it by loss_fn, as in lambda output: output[0]"
+        return f"the loss must be a scalar tensor, {got}: {hint}"
+    if loss is None:
+        hint = "does the batch have labels?" if loss_fn is None else "has it a return?"
+        return f"the loss must be a scalar tensor, but {who} returns None: {hint}"
+    if not isinstance(loss, Tensor):
+        return f"the loss must be a scalar tensor, got {kind}"
+    if loss.numel() != 1:
+        hint = ": take the mean" if loss.numel() else ", which is empty"
+        return f"the loss must be a scalar, got shape {tuple(loss.shape)}{hint}"
+    if loss.is_complex():
+        hint = "take abs() of what is complex, before the mean"
+        return f"the loss must be a real number, got {loss.dtype}: {hint}"
+    if not loss.is_floating_point():
+        return f"the loss must be of floating point, got {loss.dtype}"
+    if not loss.requires_grad:
+        return "the loss has no gradients: no trained parameter is in it"
+    return ""
+
+
+def _kind(thing: object) -> str:
+    return type(thing).__name__
 
 
 def _names(loss_fn: Any) -> list[str]:  # noqa: ANN401
