@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ _BUILT = ("model", "batch", "loss_fn", "optimizer")
 _USAGE = """\
 my_script:build is a function without arguments in my_script.py, here or on Python's
 path. It returns (model, batch, loss_fn), with an optimizer as a fourth if you have one,
-or a dict or a dataclass with these names.
+or a dict, a dataclass or a NamedTuple with these names. It sees no arguments, and what
+it prints goes to stderr.
 """
 _EXIT = """\
 exit status: 0, and 1 if a required mode is unsafe, 2 if there is no report
@@ -38,22 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     progress = _Progress()
     try:
-        report = precision_report(
-            **_build(options.build),
-            formats=options.formats,
-            lr=options.lr,
-            progress=progress,
-        )
+        with _alone(options.build, progress):
+            report = precision_report(
+                **_build(options.build, progress),
+                formats=options.formats,
+                lr=options.lr,
+                progress=progress,
+            )
         progress.clear()
         text = json.dumps(report.to_dict(), indent=2) if options.json else str(report)
-        sys.stdout.write(f"{text}\n")
+        _tell(text)
         if options.plot:
             _plot(report, options.plot)
     except (_UsageError, TypeError, ValueError, ModuleNotFoundError) as error:
         progress.clear()
         sys.stderr.write(f"precision_report: error: {error}\n")
         return 2
-    except Exception as error:  # such as one in backward; 1 would say unsafe
+    except (Exception, SystemExit) as error:  # as in backward; 1 would say unsafe
         progress.clear()
         sys.stderr.write(f"precision_report: error: {_raised('the step', error)}\n")
         return 2
@@ -61,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for mode in unsafe:
         sys.stderr.write(f"precision_report: required, but {report.verdicts[mode]}\n")
     return 1 if unsafe else 0
+
+
+def _tell(text: str) -> None:
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,7 +123,29 @@ def _mode(name: str) -> str:
     return mode
 
 
-def _build(where: str) -> dict[str, Any]:
+@contextmanager
+def _alone(where: str, progress: "_Progress") -> Iterator[None]:
+    """Let a script see no arguments of ours, and print to stderr.
+
+    What C code or another process prints goes there as well.
+    """
+    name = where.partition(":")[0]
+    path = name if name.endswith(".py") else f"{name.replace('.', '/')}.py"
+    arguments, sys.argv = sys.argv, [path]
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    printed: Any = _Printed(progress)
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        sys.argv = arguments
+
+
+def _build(where: str, progress: "_Progress") -> dict[str, Any]:
     """Import the script, call its function, and name what it returns.
 
     Raises:
@@ -126,6 +160,7 @@ def _build(where: str) -> dict[str, Any]:
     folder = path.parent if path.suffix == ".py" else Path()
     module = path.stem if path.suffix == ".py" else name
     sys.path.insert(0, str(folder.resolve()))
+    progress.show(f"importing {module}")
     try:
         script = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -135,15 +170,19 @@ def _build(where: str) -> dict[str, Any]:
             ) from error
         at = folder.resolve()
         raise _UsageError(f"there is no {module}.py in {at} or on the path") from error
-    except Exception as error:
-        raise _UsageError(_raised(module, error)) from error
+    except (Exception, SystemExit) as error:
+        hint = ""
+        if isinstance(error, SystemExit):
+            hint = '; put what runs the script under if __name__ == "__main__":'
+        raise _UsageError(_raised(module, error) + hint) from error
     build = getattr(script, function, None)
     if not callable(build):
         near = [n for n, thing in vars(script).items() if callable(thing)]
         raise _UsageError(f"in {module}: {suggest('function', function, near)}")
+    progress.show(where)
     try:
         built = build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _UsageError(_raised(where, error)) from error
     return _named(where, built)
 
@@ -152,6 +191,8 @@ def _named(where: str, built: Any) -> dict[str, Any]:  # noqa: ANN401
     if dataclasses.is_dataclass(built) and not isinstance(built, type):
         fields = dataclasses.fields(built)
         built = {field.name: getattr(built, field.name) for field in fields}
+    if set(_BUILT) & set(getattr(built, "_fields", ())):
+        built = built._asdict()  # a NamedTuple's order is its own
     if isinstance(built, tuple) and 2 <= len(built) <= 4:
         built = dict(zip(_BUILT, built, strict=False))
     got = type(built).__name__
@@ -164,7 +205,9 @@ def _named(where: str, built: Any) -> dict[str, Any]:  # noqa: ANN401
     raise _UsageError(f"{where} must return (model, batch, loss_fn), got {got}")
 
 
-def _raised(where: str, error: Exception) -> str:
+def _raised(where: str, error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"{where} calls sys.exit({error.code!r}), so there is no report"
     return f"{where} raises {type(error).__name__}: {error}"
 
 
@@ -181,21 +224,48 @@ class _Progress:
     def __init__(self) -> None:
         self.started = self.said = time.monotonic()
         self.is_terminal = sys.stderr.isatty()
+        self.is_shown = False
 
     def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self.said < (0.1 if self.is_terminal else 10):
-            return
-        self.said = now
-        line = f"precision_report: {text}, {now - self.started:.0f} s"
+        if time.monotonic() - self.said >= (0.1 if self.is_terminal else 10):
+            self.write(text)
+
+    def show(self, text: str) -> None:
+        """Say at once, on a terminal, what may take long and calls nobody."""
+        if self.is_terminal:
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """Write the line."""
+        self.said = time.monotonic()
+        line = f"precision_report: {text}, {self.said - self.started:.0f} s"
         sys.stderr.write(f"\r\033[K{line}" if self.is_terminal else f"{line}\n")
         sys.stderr.flush()
+        self.is_shown = True
 
     def clear(self) -> None:
         """Wipe the line."""
-        if self.is_terminal:
+        if self.is_terminal and self.is_shown:
             sys.stderr.write("\r\033[K")
+        self.is_shown = False
+
+
+class _Printed:
+    """Stderr for what the script prints, on lines of its own."""
+
+    def __init__(self, progress: _Progress) -> None:
+        self.progress = progress
+
+    def write(self, text: str) -> int:
+        """Wipe the progress first."""
+        self.progress.clear()
+        return sys.stderr.write(text)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(sys.stderr, name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    os.dup2(2, 1)  # what the script prints at exit is not the report either
+    sys.exit(status)
