@@ -10,7 +10,7 @@ different names. Two names are equivalent when all six fields of `Precision` agr
     Sources: each framework's own code, at the version that `FRAMEWORKS` gives;
              Micikevicius et al. 2018, arXiv:1710.03740, section 3 (main params, loss
              scaling); Micikevicius et al. 2022, arXiv:2209.05433, section 3 (FP8).
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -142,7 +142,7 @@ transformer-engine | te.autocast(recipe={}()) | read, transformer-engine 2.20.2
 
 # frameworks | key of a precision | name = alias = alias | runs on | note
 _NAMES = """
-torch | fp32 | model | any
+torch | fp32 | model.to(torch.float32) | any
 torch | fp64 | model.to(torch.float64) | any but MPS
 torch | fp16 | model.to(torch.float16) | any | AdamW's eps=1e-8 is 0 in FP16
 torch | bf16 | model.to(torch.bfloat16) | any

@@ -1,5 +1,6 @@
 """Laws of the recommended precisions: every question is answered, in true names."""
 
+import ast
 import math
 import re
 from contextlib import nullcontext
@@ -117,6 +118,7 @@ mi300x lightning-fsdp      pretrain   bf16-mixed
 mi300x deepspeed           rl         bf16
 mps    lightning           speech     16-mixed
 cpu    nemo                speech     32-true
+cpu    torch               pretrain   model.to(torch.float32)
 cpu    lightning           scientific 64-true
 """
 
@@ -184,6 +186,17 @@ def test_every_name_is_known_to_precision_names() -> None:
         assert meant, (framework, one.name)
         assert precision_names.Precision(**one.precision) == meant[0].precision
         assert one.setting == str(meant[0])
+
+
+def test_what_pytorch_is_told_is_a_call() -> None:
+    """Nothing that leaves a reader to guess what to write, as ``model`` alone."""
+    told = {one.setting for _, framework, one in settings() if framework == "torch"}
+
+    assert "model.to(torch.float32)" in told
+    for setting in told:
+        tree = ast.parse(setting, mode="eval").body
+        calls = [tree.left, tree.right] if isinstance(tree, ast.BinOp) else [tree]
+        assert all(isinstance(call, ast.Call) for call in calls), setting
 
 
 def allows(needs: str, hardware: str) -> bool:
