@@ -1445,6 +1445,36 @@ def test_what_is_copied_before_it_is_cast_is_cast() -> None:
     assert not report.verdicts["16-mixed"].is_safe
 
 
+class Slope(nn.Module):
+    """Uses a transform of torch.func around a layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.inner, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform."""
+        x = self.first(x)
+        if self.way == "vmap":
+            y: Tensor = torch.func.vmap(lambda r: self.inner(r).float())(x)
+        elif self.way == "grad":
+            y = torch.func.grad(lambda z: self.inner(z).float().square().sum())(x)
+        else:
+            y = torch.func.jvp(self.inner, (x,), (torch.ones_like(x),))[1]
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # jvp's
+@pytest.mark.parametrize("way", ["vmap", "grad", "jvp"])
+def test_a_transform_of_torch_func_is_noted_and_looked_around(way: str) -> None:
+    """Its tensors cannot be read; what goes into the layer before can."""
+    report = precision_report(Slope(way), data(4, 8) * 1e6, lambda y: y.mean())
+    assert any("torch.func" in note and "inner" in note for note in report.notes)
+    assert find(report, "first", "input").share("float16", "overflow") > 0
+    assert find(report, "inner", "grad_weight", "weight").amax > 0
+    assert not [r for r in report.rows if (r.module, r.kind) == ("inner", "input")]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_sparse_and_nested_tensors_are_read() -> None:

@@ -141,7 +141,8 @@ def tensors_in(
             things = things.values()
         has_fraction = things.is_floating_point() or things.is_complex()
         is_taken = every or (has_fraction and things.numel() > 0)
-        return [(place, things)] if is_taken and not things.is_meta else []
+        has_numbers = not (things.is_meta or things._is_zerotensor())
+        return [(place, things)] if is_taken and has_numbers else []
     inner: Iterable[tuple[object, object]] = ()
     if type(things) in _PLAIN:
         return []

@@ -145,7 +145,9 @@ class Watch:
         if id(module) not in self.names:
             return
         self.running.append(module)
-        if self.is_shown(module) and not self.is_backward:
+        if self.is_backward or not self.is_shown(module):
+            return
+        if not self.is_transformed(module):
             self.show(module, "input", args)
 
     def leave(
@@ -156,7 +158,7 @@ class Watch:
             return
         while self.running and self.running.pop() is not module:
             pass  # what it called ended with an error that it caught
-        if not self.is_shown(module):
+        if not self.is_shown(module) or self.is_transformed(module):
             return
         if not self.is_backward:
             self.show(module, "input", kwargs)
@@ -173,6 +175,8 @@ class Watch:
 
     def widen(self, tensor: Tensor) -> Tensor:
         """Return what a cast to FP32 makes of a tensor that autocast has in 16 bits."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return tensor
         if not self.value(tensor).low:
             return tensor
         wide = tensor.clone()
@@ -182,6 +186,16 @@ class Watch:
     def is_shown(self, module: nn.Module) -> bool:
         """Whether a module has rows: it has parameters of its own, or no modules."""
         return bool(module._parameters or not module._modules or module is self.model)
+
+    def is_transformed(self, module: nn.Module) -> bool:
+        """Whether a transform of torch.func runs, whose tensors cannot be read."""
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return False
+        name = self.names[id(module)] or "the model"
+        note = f"not seen, as torch.func transforms it: what {name} takes and returns"
+        if note not in self.notes:
+            self.notes.append(note)
+        return True
 
     def show(self, module: nn.Module, kind: str, things: object) -> None:
         """Take the tensors in ``things`` for a module's rows."""
