@@ -103,7 +103,8 @@ te-nvfp4   | yours | FP4 E2M1, NVFP4 blocks of 16 | yours | yours | yours | your
 # frameworks | precision, its name there; ...
 _NAMES = """
 torch | fp32 model.to(torch.float32); fp64 model.to(torch.float64); \
-fp16 model.to(torch.float16); bf16 model.to(torch.bfloat16); amp-bf16 torch.autocast(device, torch.bfloat16); \
+fp16 model.to(torch.float16); bf16 model.to(torch.bfloat16); \
+amp-bf16 torch.autocast(device, torch.bfloat16); \
 amp-fp16 torch.autocast(device, torch.float16) + GradScaler(device)
 lightning nemo | fp32 32-true; fp64 64-true; amp-fp16 16-mixed; amp-bf16 bf16-mixed; \
 bf16 bf16-true; te-bf16 transformer-engine
