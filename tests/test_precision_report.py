@@ -1445,6 +1445,36 @@ def test_what_is_copied_before_it_is_cast_is_cast() -> None:
     assert not report.verdicts["16-mixed"].is_safe
 
 
+class ToFloat8(nn.Module):
+    """Casts, as layers that are trained for FP8 do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cast."""
+        return x.to(torch.float8_e4m3fn)
+
+
+class StraightThrough(nn.Module):
+    """Rounds to FP8; the gradient passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.cast = nn.Linear(16, 16), ToFloat8()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run."""
+        y: Tensor = self.linear(x)
+        return y + (self.cast(y).float() - y).detach()
+
+
+def test_tensors_in_fp8_are_read() -> None:
+    """Their rows have the numbers that they hold."""
+    model, x = StraightThrough(), data(8, 16)
+    row = find(precision_report(model, x, torch.mean), "cast", "output")
+    y = model.cast(model.linear(x)).float()
+    assert row.amax == y.abs().max()
+    assert row.formats["float16"]["sqnr_db"] is None  # FP16 has all of these
+
+
 class Slope(nn.Module):
     """Uses a transform of torch.func around a layer."""
 

@@ -161,4 +161,6 @@ def tensors_in(
 
 def _real(x: Tensor) -> Tensor:
     x = x.detach() if x.layout is torch.strided else x.detach().to_dense()
+    if x.dtype.itemsize == 1:  # FP8, for which PyTorch has little but casts
+        return x.float()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
