@@ -1463,7 +1463,8 @@ class StraightThrough(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run."""
         y: Tensor = self.linear(x)
-        return y + (self.cast(y).float() - y).detach()
+        rounded: Tensor = self.cast(y).float()
+        return y + (rounded - y).detach()
 
 
 def test_tensors_in_fp8_are_read() -> None:
