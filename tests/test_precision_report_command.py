@@ -301,12 +301,13 @@ def test_a_named_tuple_is_read_by_its_names(
     assert shown[0] == shown[1] == shown[2]
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [["--json"], []], ids=["JSON", "text"])
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path, form: list[str]) -> None:
     """``... --json | head``: no traceback, and the status of the verdict."""
     (tmp_path / "my_script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "snippets.precision_report", "my_script:build"]
     with subprocess.Popen(
-        [*command, "--json", "--require", "16-true"],
+        [*command, *form, "--require", "16-true"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as running:  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(text: str) -> None:
-    try:
+    with suppress(BrokenPipeError):  # of head, which has read enough
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # as of head, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
