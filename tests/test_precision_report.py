@@ -1476,6 +1476,12 @@ def test_tensors_in_fp8_are_read() -> None:
     assert row.formats["float16"]["sqnr_db"] is None  # FP16 has all of these
 
 
+def test_a_loss_that_calls_the_model_by_another_name_is_told_the_right_one() -> None:
+    """It gets the output in its place, which is not callable."""
+    with pytest.raises(ValueError, match=r"has a first parameter `model`$"):
+        precision_report(mlp(), (X, Y), lambda net, batch: net(batch[0]).mean())
+
+
 class Slope(nn.Module):
     """Uses a transform of torch.func around a layer."""
 

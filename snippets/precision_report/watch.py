@@ -132,9 +132,11 @@ class Watch:
         except Exception as error:
             at = f"`{self.module}`" if self.module else "the model"
             name = type(error).__name__
+            hint = "; a loss_fn that calls the model has a first parameter `model`"
+            is_called = name == "TypeError" and str(error).endswith("not callable")
             raise ValueError(
                 f"this batch does not fit the model and loss_fn: {at} raises {name}: "
-                f"{error}"
+                f"{error}{hint if is_called else ''}"
             ) from error
         if problem := problem_with(loss, loss_fn):
             raise ValueError(problem)
