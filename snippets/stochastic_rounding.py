@@ -20,6 +20,7 @@ SPDX-License-Identifier: Apache-2.0
 import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -56,6 +57,7 @@ _NO_NEGATIVE_ZERO = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _INPUTS = (torch.float64, torch.float32, *_FORMATS)
 
 _ROUNDINGS = ("stochastic", "kahan")
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "rounding", "seed")
 _PLAIN: dict[str, Any] = {"foreach": False, "amsgrad": False, "maximize": False}
 _PARAMETERS = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -94,7 +96,8 @@ def stochastic_round(
         ``dtype``, the shape and device of ``x``. Not differentiable.
 
     Raises:
-        TypeError: ``x`` or ``dtype`` is another dtype, or ``x`` is a DTensor.
+        TypeError: ``x`` or ``dtype`` is another dtype, or ``x`` is sparse, nested or a
+            DTensor.
         ValueError: ``generator`` is on another device than ``x``.
 
     Example:
@@ -106,8 +109,13 @@ def stochastic_round(
         >>> rounded.unique().tolist(), round(rounded.double().mean().item(), 3)
         ([1.0, 1.0078125], 1.001)
     """
-    if x.dtype not in _INPUTS:
-        msg = f"x must be one of {_INPUTS}, got {x.dtype}"
+    given = getattr(x, "dtype", type(x).__name__)
+    if given not in _INPUTS:
+        msg = f"x must be one of {_INPUTS}, got {given}"
+        raise TypeError(msg)
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        msg = f"x must be a dense tensor, got a {kind} one: round its values"
         raise TypeError(msg)
     if dtype not in _FORMATS:
         msg = f"dtype must be one of {tuple(_FORMATS)}, got {dtype}"
@@ -297,13 +305,13 @@ class PureBF16AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: The state was saved with another ``rounding``, with ``amsgrad``
-                or ``maximize``, by an optimizer with other state, for parameters of
-                another number or shape, or has a setting out of range or steps below 0.
-                Nothing has been changed.
+                or ``maximize``, by an optimizer with other state or with weight decay
+                in the gradient, for parameters of another number or shape, or has a
+                setting out of range or steps below 0. Nothing has been changed.
         """
         groups = [{**group} for group in state_dict["param_groups"]]
         for own, saved in zip(self.param_groups, groups, strict=False):
-            for name in self.defaults:
+            for name in _SETTINGS:
                 saved.setdefault(name, own[name])
             if saved["rounding"] != own["rounding"]:
                 msg = "saved with rounding={!r}, not {!r}"
@@ -312,9 +320,16 @@ class PureBF16AdamW(torch.optim.Optimizer):
                 msg = "a state with amsgrad or maximize set cannot be continued here"
                 raise ValueError(msg)
             _check_settings(saved)
+            if saved["weight_decay"] and not saved.get("decoupled_weight_decay", True):
+                msg = f"saved by Adam with weight_decay={saved['weight_decay']} in the "
+                msg += "gradient, where this one decays the weight: not the same run"
+                raise ValueError(msg)
             for key, p in zip(saved["params"], own["params"], strict=False):
                 _check_state(key, state_dict["state"].get(key, {}), p)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for state in self.state.values():  # torch before 1.12 saved plain numbers
+            if "step" in state and not isinstance(state["step"], Tensor):
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
 
 
 def _local(t: Tensor) -> Tensor:
@@ -322,13 +337,20 @@ def _local(t: Tensor) -> Tensor:
     return part
 
 
+def _is_number(value: object, below: float) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return isinstance(value, Real) and 0 <= float(value) < below  # also refuses NaN
+
+
 def _check_settings(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < math.inf:  # also refuses NaN
-            msg = f"{name} must be finite and >= 0, got {group[name]}"
+        if not _is_number(group[name], math.inf):
+            msg = f"{name} must be finite and >= 0, got {group[name]!r}"
             raise ValueError(msg)
-    if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
-        msg = f"betas must be two numbers in [0, 1), got {group['betas']}"
+    betas = list(group["betas"]) if isinstance(group["betas"], Iterable) else []
+    if len(betas) != 2 or not all(_is_number(beta, 1) for beta in betas):
+        msg = f"betas must be two numbers in [0, 1), got {group['betas']!r}"
         raise ValueError(msg)
     if group["rounding"] not in _ROUNDINGS:
         close = get_close_matches(str(group["rounding"]), _ROUNDINGS, n=1)
@@ -345,11 +367,12 @@ def _check_state(key: int, state: dict[str, Any], p: Tensor) -> None:
     if state and not needed <= state.keys() <= needed | {"compensation"}:
         msg = f"parameter {key} needs state {sorted(needed)}, got {sorted(state)}"
         raise ValueError(msg)
-    if state and not state["step"] >= 0:  # also refuses NaN
+    if state and not _is_number(state["step"], math.inf):
         msg = f"step of parameter {key} must be >= 0, got {state['step']}"
         raise ValueError(msg)
     for name in sorted(state.keys() - {"step"}):
-        if state[name].shape != p.shape:
-            got, wanted = tuple(state[name].shape), tuple(p.shape)
+        shape = getattr(state[name], "shape", None)
+        if shape != p.shape:
+            got, wanted = shape and tuple(shape), tuple(p.shape)
             msg = f"{name} of parameter {key} has shape {got}, but its weight {wanted}"
             raise ValueError(msg)

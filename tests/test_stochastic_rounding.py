@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -694,6 +695,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit(rounding: str) -> None:
     assert torch.equal(run(optimizer, p, 12, start=8), straight)
 
 
+def pickle_twice(optimizer: PureBF16AdamW) -> PureBF16AdamW:
+    """Return what a pickle of a pickle holds."""
+    for _ in range(2):
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    return optimizer
+
+
 @each_rounding
 def test_the_state_of_torch_adamw_is_taken_over(rounding: str) -> None:
     """Its float32 moments are rounded to bfloat16; rounding and seed stay."""
@@ -713,6 +721,41 @@ def test_the_state_of_torch_adamw_is_taken_over(rounding: str) -> None:
     assert saved["param_groups"][0].get("rounding") is None
     run(optimizer, p, 1)
     assert optimizer.state[p]["step"] == 2
+
+
+@each_rounding
+@pytest.mark.parametrize("number", [int, float])
+def test_step_counts_that_are_plain_numbers_are_taken_over(
+    number: type, rounding: str
+) -> None:
+    """PyTorch before 1.12 saved them so; its AdamW takes them as well."""
+    optimizer, p = fresh(rounding)
+    run(optimizer, p, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, q = fresh(rounding)
+    q.data.copy_(p)
+    saved["state"][0]["step"] = number(3)
+    other.load_state_dict(saved)
+
+    assert torch.equal(run(other, q, 3, start=3), run(optimizer, p, 3, start=3))
+
+
+@each_rounding
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle_twice])
+def test_a_state_can_be_loaded_again(
+    duplicate: Callable[[PureBF16AdamW], PureBF16AdamW], rounding: str
+) -> None:
+    """Into an optimizer that was loaded before, or copied, which torch treats alike."""
+    optimizer, p = fresh(rounding)
+    run(optimizer, p, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    twin = duplicate(optimizer)
+    twin.load_state_dict(saved)
+
+    [q] = twin.param_groups[0]["params"]
+    assert torch.equal(run(twin, q, 3, start=2), run(optimizer, p, 3, start=2))
 
 
 def unchanged(optimizer: PureBF16AdamW, p: Tensor, load: Callable[[], None]) -> None:
@@ -765,6 +808,12 @@ def test_states_that_cannot_be_continued_are_refused() -> None:
     refused(
         r"needs state .* got \['momentum_buffer'\]",
         lambda s: s.update(state={0: {"momentum_buffer": torch.zeros(300)}}),
+    )
+    refused("step of parameter 0 must be >= 0, got one", state(step="one"))
+    refused("exp_avg of parameter 0 has shape None, but", state(exp_avg=[0.0] * 300))
+    refused(
+        "saved by Adam with weight_decay=0.01 in the gradient",
+        group(decoupled_weight_decay=False),
     )
     refused("different number of parameter groups", lambda s: s.update(param_groups=[]))
     refused("doesn't match the size", group(params=[0, 1]))
@@ -994,6 +1043,14 @@ def test_round_refuses_other_dtypes_and_generators() -> None:
     for target in (torch.float32, torch.int8, torch.float8_e8m0fnu):
         with pytest.raises(TypeError, match=f"dtype must be one of .*, got {target}"):
             stochastic_round(x, target)
+    for loose in (1.001, [1.001], None):
+        with pytest.raises(TypeError, match=f"got {type(loose).__name__}"):
+            stochastic_round(loose, torch.bfloat16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dense tensor, got a torch\.sparse_coo one"):
+        stochastic_round(torch.eye(2).to_sparse(), torch.bfloat16)
+    nested = torch.nested.nested_tensor([x, torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="dense tensor, got a nested one"):
+        stochastic_round(nested, torch.bfloat16)
     sharded = torch.ones(2)
     sharded.to_local = lambda: x  # type: ignore[attr-defined]  # as a DTensor has
     with pytest.raises(TypeError, match=r"x is a DTensor: round x\.to_local\(\)"):
@@ -1007,12 +1064,17 @@ def test_round_refuses_other_dtypes_and_generators() -> None:
     [
         ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
         ({"lr": NAN}, "lr must be finite and >= 0, got nan"),
-        ({"lr": torch.tensor(INF)}, "lr must be finite and >= 0, got inf"),
+        ({"lr": torch.tensor(INF)}, r"lr must be finite and >= 0, got tensor\(inf\)"),
+        ({"lr": torch.ones(2)}, r"lr must be finite and >= 0, got tensor\(\[1., 1.\]"),
+        ({"lr": "1e-3"}, "lr must be finite and >= 0, got '1e-3'"),
+        ({"eps": None}, "eps must be finite and >= 0, got None"),
         ({"eps": -1e-8}, "eps must be finite and >= 0, got -1e-08"),
         ({"weight_decay": INF}, "weight_decay must be finite and >= 0, got inf"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got"),
         ({"betas": (NAN, 0.9)}, r"betas must be two numbers in \[0, 1\), got"),
         ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), got"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"betas": ("0.9", 0.9)}, r"betas must be two numbers in \[0, 1\), got"),
         ({"rounding": "kahn"}, "got 'kahn'; did you mean 'kahan'"),
         ({"rounding": "zzz"}, r"rounding must be one of .*, got 'zzz'$"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
