@@ -13,15 +13,17 @@ loses to rounding, `TrueHalfAdamW` is AdamW with one of three remedies, and
              Micikevicius et al. 2018, arXiv:1710.03740, section 3.1 (main params);
              Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (AdamW);
              Zamirai et al. 2020, arXiv:2010.06192 (both, for BF16 weights).
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ __all__ = ["TrueHalfAdamW", "convert_for_inference", "lost_updates"]
 _HALF = (torch.bfloat16, torch.float16)
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _REMEDIES = ("main_params", "stochastic_rounding", "kahan")
+_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 # Optimizer-state dtypes of a half-precision parameter. The compensation is bfloat16
 # for float16 weights too: what they cut off often underflows float16.
 _STATE_DTYPES = {
@@ -61,15 +64,16 @@ def lost_updates(
 
     Args:
         params: A module, or pairs such as ``module.named_parameters()``; not changed.
-        lr: Learning rate, >= 0.
-        update: Size of the update before the learning rate, >= 0.
-        dtype: Ask "what if the weights had this dtype?"; each one's own if None.
+        lr: Learning rate, finite, >= 0.
+        update: Size of the update before the learning rate, finite, >= 0.
+        dtype: Ask "what if the weights had this dtype?", one of 8 bits too; each one's
+            own if None.
 
     Returns:
         Name -> share in [0, 1], in the order given.
 
     Raises:
-        ValueError: ``lr`` or ``update`` is negative or NaN.
+        ValueError: ``lr`` or ``update`` is negative, not finite or no number.
         TypeError: A parameter or ``dtype`` is not real floating point.
 
     Example:
@@ -78,8 +82,8 @@ def lost_updates(
         {'weight': 1.0, 'bias': 0.0}
     """
     for name, value in {"lr": lr, "update": update}.items():
-        if not value >= 0:
-            msg = f"{name} must be >= 0, got {value}"
+        if not _is_number(value, math.inf):
+            msg = f"{name} must be finite and >= 0, got {value!r}"
             raise ValueError(msg)
     named = params.named_parameters() if isinstance(params, Module) else params
     shares = {}
@@ -89,9 +93,10 @@ def lost_updates(
             msg = f"{name} must be real floating point, got {weight.dtype} as {stored}"
             raise TypeError(msg)
         # As an operation on 16-bit tensors computes: in float32, rounded at the end.
-        compute = torch.float32 if stored in _HALF else stored
+        compute = torch.float32 if stored.itemsize <= 2 else stored
         w = weight.detach().to(stored).to(compute)
-        steps = [(w + sign * lr * update).to(stored) - w for sign in (1, -1)]
+        new = [(w + sign * lr * update).to(stored) for sign in (1, -1)]
+        steps = [v.to(compute) - w for v in new]
         lost = sum(int((~(step.abs() > 0)).sum()) for step in steps)
         shares[name] = lost / (2 * w.numel()) if w.numel() else 0.0
     return shares
@@ -115,10 +120,10 @@ class TrueHalfAdamW(torch.optim.Optimizer):
 
     Args:
         params: Parameters, named parameters or groups, as for any optimizer.
-        lr: Learning rate, >= 0; a float or a tensor.
+        lr: Learning rate, finite, >= 0; a float or a tensor.
         betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root of the second moment, >= 0.
-        weight_decay: Decoupled decay, >= 0: each step multiplies by ``1 - lr * decay``.
+        eps: Added to the root of the second moment, finite, >= 0.
+        weight_decay: Finite, >= 0: each step multiplies by ``1 - lr * weight_decay``.
         remedy: One of the three; groups may differ.
         generator: Random numbers for ``"stochastic_rounding"``, on the parameters'
             device; saved by `state_dict`. If None, the device's default generator,
@@ -161,13 +166,7 @@ class TrueHalfAdamW(torch.optim.Optimizer):
             TypeError: A parameter has another dtype, for example one of 8 bits.
         """
         group = self.defaults | param_group
-        for name in ("lr", "eps", "weight_decay"):
-            if not group[name] >= 0:  # also refuses NaN
-                msg = f"{name} must be >= 0, got {group[name]}"
-                raise ValueError(msg)
-        if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
-            msg = f"betas must be two numbers in [0, 1), got {group['betas']}"
-            raise ValueError(msg)
+        _check_settings(group)
         if group["remedy"] not in _REMEDIES:
             hint = _nearest(group["remedy"], _REMEDIES)
             msg = f"remedy must be one of {_REMEDIES}, got {group['remedy']!r}{hint}"
@@ -267,9 +266,13 @@ class TrueHalfAdamW(torch.optim.Optimizer):
         The state of a `torch.optim.AdamW` is accepted: its moments are widened and the
         remedies stay as constructed.
 
-        A state saved with another remedy, with ``amsgrad`` or ``maximize``, or with a
-        generator that is missing here is a ValueError, and nothing has been changed.
-        """
+        Raises:
+            ValueError: The state was saved with another ``remedy``, with ``amsgrad`` or
+                ``maximize``, with a generator that is missing here, by an optimizer
+                with other state or with weight decay in the gradient, for parameters of
+                another number or shape, or has a setting out of range or steps below 0.
+                Nothing has been changed.
+        """  # noqa: DOC502 - raised by check
         final: dict[str, Any] = {}  # what the pre-hooks make of it, ours being the last
 
         def check(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +288,16 @@ class TrueHalfAdamW(torch.optim.Optimizer):
                         "a state with amsgrad or maximize set cannot be continued here"
                     )
                     raise ValueError(msg)
+                for name in _SETTINGS:
+                    saved.setdefault(name, mine[name])
+                _check_settings(saved)
+                if saved["weight_decay"] and not saved.get("decoupled_weight_decay", 1):
+                    msg = f"saved by Adam with weight_decay={saved['weight_decay']} in "
+                    msg += "the gradient, where this one decays the weight: not the "
+                    msg += "same run"
+                    raise ValueError(msg)
+                for key, p in zip(saved["params"], mine["params"], strict=False):
+                    _check_state(key, state["state"].get(key, {}), p)
             if "generator_state" in state and self.generator is None:
                 msg = "saved with a generator: construct with generator=... to load it"
                 raise ValueError(msg)
@@ -303,6 +316,10 @@ class TrueHalfAdamW(torch.optim.Optimizer):
                 if key in _STATE_DTYPES and p.dtype in _HALF:
                     dtype = _STATE_DTYPES[key]
                     self.state[p][key] = value.to(p.device, dtype, copy=True)
+                if key == "step" and not isinstance(value, Tensor):
+                    # torch before 1.12 saved plain numbers
+                    step = torch.tensor(float(value), dtype=torch.float32)
+                    self.state[p][key] = step
         if self.generator is not None and "generator_state" in final:
             self.generator.set_state(final["generator_state"].cpu())
 
@@ -381,6 +398,39 @@ def convert_for_inference(
         m.register_forward_pre_hook(partial(_cast_inputs, own), with_kwargs=True)
         m.register_forward_hook(partial(_cast_outputs, dtype))
     return lost
+
+
+def _is_number(value: object, below: float) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return isinstance(value, Real) and 0 <= float(value) < below  # also refuses NaN
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[name], math.inf):
+            msg = f"{name} must be finite and >= 0, got {group[name]!r}"
+            raise ValueError(msg)
+    betas = list(group["betas"]) if isinstance(group["betas"], Iterable) else []
+    if len(betas) != 2 or not all(_is_number(beta, 1) for beta in betas):
+        msg = f"betas must be two numbers in [0, 1), got {group['betas']!r}"
+        raise ValueError(msg)
+
+
+def _check_state(key: int, state: dict[str, Any], p: Tensor) -> None:
+    needed = {"step", "exp_avg", "exp_avg_sq"}
+    if state and not needed <= state.keys() <= needed | _STATE_DTYPES.keys():
+        msg = f"parameter {key} needs state {sorted(needed)}, got {sorted(state)}"
+        raise ValueError(msg)
+    if state and not _is_number(state["step"], math.inf):
+        msg = f"step of parameter {key} must be >= 0, got {state['step']}"
+        raise ValueError(msg)
+    for name in sorted(state.keys() - {"step"}):
+        shape = getattr(state[name], "shape", None)
+        if shape != p.shape:
+            got, wanted = shape and tuple(shape), tuple(p.shape)
+            msg = f"{name} of parameter {key} has shape {got}, but its weight {wanted}"
+            raise ValueError(msg)
 
 
 def _nearest(name: object, allowed: Iterable[str]) -> str:

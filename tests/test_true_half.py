@@ -129,6 +129,19 @@ def test_the_prediction_matches_the_first_step_of_adamw() -> None:
         assert stayed == pytest.approx(predicted[name], abs=0.02)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3fn", "e5m2"]
+)
+def test_eight_bits_are_predicted_too(dtype: torch.dtype) -> None:
+    """Above 1 the spacing is eps, below it half of that; ties go to the even 1."""
+    eps = torch.finfo(dtype).eps
+    weights = [("w", torch.ones(2).to(dtype))]
+    assert lost_updates(weights, eps / 4) == {"w": 1.0}
+    assert lost_updates(weights, eps / 2) == {"w": 0.5}
+    assert lost_updates(weights, 0.75 * eps, dtype=dtype) == {"w": 0.0}
+    assert lost_updates([("w", torch.ones(2))], 0.75 * eps, dtype=dtype) == {"w": 0.0}
+
+
 def test_prediction_edges() -> None:
     """Empty tensors lose nothing, Inf and NaN all; ``update`` scales ``lr``."""
     inf = torch.tensor([float("inf"), float("nan"), 1.0])
@@ -590,6 +603,26 @@ def test_a_plain_adamw_checkpoint_can_be_continued(remedy: str) -> None:
     assert optimizer.state[p]["step"].item() == 2
 
 
+@each_remedy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("number", [int, float])
+def test_a_step_count_that_is_a_plain_number_is_continued(
+    number: type, dtype: torch.dtype, remedy: str
+) -> None:
+    """PyTorch before 1.12 saved it so; its AdamW takes it as well."""
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    plain = torch.optim.AdamW([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    plain.step()
+    saved = plain.state_dict()
+    saved["state"][0]["step"] = number(saved["state"][0]["step"])
+    optimizer = TrueHalfAdamW([p], remedy=remedy)
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 2
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
 def test_pre_hooks_are_honored() -> None:
     """What another pre-hook makes of a state is what is loaded."""
     p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
@@ -911,10 +944,16 @@ def test_kept_modules_cast_nested_values_and_keywords() -> None:
     [
         ({"remedy": "kahn"}, "got 'kahn'; did you mean 'kahan'"),
         ({"remedy": "fp8"}, r"must be one of \('main_params', .*\), got 'fp8'$"),
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
-        ({"lr": float("nan")}, "lr must be >= 0, got nan"),
-        ({"eps": -1e-8}, "eps must be >= 0, got -1e-08"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be finite and >= 0, got nan"),
+        ({"lr": float("inf")}, "lr must be finite and >= 0, got inf"),
+        ({"lr": "1e-3"}, "lr must be finite and >= 0, got '1e-3'"),
+        ({"lr": torch.ones(2)}, r"lr must be finite and >= 0, got tensor\(\[1., 1.\]"),
+        ({"eps": -1e-8}, "eps must be finite and >= 0, got -1e-08"),
+        ({"eps": None}, "eps must be finite and >= 0, got None"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"betas": ("0.9", 0.9)}, r"betas must be two numbers in \[0, 1\), got"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1"),
         ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
     ],
@@ -957,6 +996,9 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
         ({"remedy": "kahan"}, "saved with remedy='kahan', not 'main_params'"),
         ({"amsgrad": True}, "amsgrad or maximize"),
         ({"maximize": True}, "amsgrad or maximize"),
+        ({"eps": float("nan")}, "eps must be finite and >= 0, got nan"),
+        ({"betas": (0.9, 2.0)}, r"betas must be two numbers in \[0, 1\), got"),
+        ({"decoupled_weight_decay": False}, "saved by Adam with weight_decay=0.01 in"),
         (None, "saved with a generator: construct with generator="),
     ],
 )
@@ -980,12 +1022,54 @@ def test_a_foreign_state_is_refused_before_anything_changes(
     assert not optimizer._optimizer_load_state_dict_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exp_avg": torch.ones(4)}, r"exp_avg of .* has shape \(4,\), but .* \(3,\)"),
+        ({"exp_avg_sq": torch.ones(1)}, r"exp_avg_sq of .* has shape \(1,\)"),
+        ({"main_param": torch.ones(3, 1)}, r"main_param of parameter 0 has shape"),
+        ({"exp_avg": [1.0, 1.0, 1.0]}, "exp_avg of parameter 0 has shape None"),
+        ({"step": torch.tensor(-1.0)}, "step of parameter 0 must be >= 0, got -1"),
+        ({"step": "one"}, "step of parameter 0 must be >= 0, got one"),
+        ({"sum": torch.ones(3)}, "needs state .* got .*'sum'"),
+    ],
+)
+def test_a_state_of_other_parameters_is_refused_before_anything_changes(
+    change: dict[str, object], message: str
+) -> None:
+    """It would fail, or broadcast, only at the next step."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = TrueHalfAdamW([p], lr=0.25)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[p])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].update(change)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(before[key], optimizer.state[p][key]) for key in before)
+
+
+def test_a_state_without_its_moments_is_refused() -> None:
+    """Such as that of SGD with momentum."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones_like(p)
+    sgd.step()
+    optimizer = TrueHalfAdamW([p])
+    with pytest.raises(ValueError, match=r"needs state .* got \['momentum_buffer'\]"):
+        optimizer.load_state_dict(sgd.state_dict())
+    assert not optimizer.state
+
+
 def test_predictions_that_make_no_sense_are_refused() -> None:
     """Negative or NaN sizes and dtypes that cannot hold a weight."""
     net = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="lr must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, got -1"):
         lost_updates(net, -1)
-    with pytest.raises(ValueError, match="update must be >= 0, got nan"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, got '1e-3'"):
+        lost_updates(net, "1e-3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="update must be finite and >= 0, got nan"):
         lost_updates(net, 1, update=float("nan"))
     with pytest.raises(TypeError, match="weight must be real floating point"):
         lost_updates(net, 1, dtype=torch.int8)
