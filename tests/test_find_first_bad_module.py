@@ -1,10 +1,14 @@
 """Tests of snippets/find_first_bad_module, as read in its guide."""
 
 import copy
+import json
 import logging
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -321,6 +325,63 @@ def test_what_was_bad_before_is_told_as_such() -> None:
     )
     assert "parameter 2.fc.weight holds" in messages[5]
     assert "the gradient, from before, of weight" in messages[6]
+
+
+RANK = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from snippets.find_first_bad_module import FirstBadModule
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+
+class Fault(nn.Module):
+    def forward(self, x):
+        return x * 1e30 * 1e30 if rank else x
+
+torch.manual_seed(0)
+ddp = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), Fault(), nn.Linear(4, 1)))
+with FirstBadModule(ddp) as found:
+    ddp(torch.randn(8, 4)).sum().backward()
+dist.barrier()
+print(json.dumps([found.result.module, found.result.phase, str(found)]), flush=True)
+os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs gloo",
+)
+def test_a_fault_of_another_rank_is_told_as_such(tmp_path: Path) -> None:
+    """It comes with the sum of gradients, which no operation and no line writes."""
+    (tmp_path / "rank.py").write_text(RANK)
+    root = str(Path(__file__).parent.parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "rank.py", str(rank), str(tmp_path / "store")],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = []
+    for process in ranks:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        told.append(json.loads(output.splitlines()[-1]))
+
+    (_, phase, message), sick = told
+    assert sick[:2] == ["module.1", "forward"]
+    assert phase == "input"
+    text = "a tensor from before the block or from another rank holds NaN or Inf: "
+    assert message.startswith(text)
+    assert message.endswith("read by aten.as_strided")
 
 
 def test_a_bad_row_that_is_not_used_is_no_fault() -> None:
@@ -935,9 +996,14 @@ def test_wrong_arguments_are_refused_before_anything_runs() -> None:
             find_first_bad_module(bad, x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="loss_fn must be callable, got int"):
         find_first_bad_module(model, x, loss_fn=3)  # type: ignore[arg-type]
-    for scale in (0.0, -1.0, INF, math.nan):
-        with pytest.raises(ValueError, match="scale must be finite and > 0, got"):
+    scales: list[Any] = [0.0, -1.0, INF, math.nan, "x", None, 2j, torch.ones(2)]
+    for scale in scales:
+        text = f"scale must be finite and > 0, got {scale!r}"
+        with pytest.raises(ValueError, match=re.escape(text)):
             find_first_bad_module(model, x, loss_fn=torch.sum, scale=scale)
+    scales = [2, np.float32(2), torch.tensor(2.0)]
+    for scale in scales:
+        assert find_first_bad_module(model, x, loss_fn=torch.sum, scale=scale) is None
     with pytest.raises(ValueError, match=r"must return one number .* got \(4, 8\)"):
         find_first_bad_module(model, x, loss_fn=lambda y: y)
     with pytest.raises(ValueError, match=r"must return one number .* got float"):

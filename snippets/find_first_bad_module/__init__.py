@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -135,8 +136,12 @@ def find_first_bad_module(
     found = FirstBadModule(model)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    if not 0 < scale < math.inf:  # also refuses NaN
-        raise ValueError(f"scale must be finite and > 0, got {scale}")
+    given: Any = scale
+    is_number = isinstance(given, Real) or (
+        isinstance(given, Tensor) and not given.dim()
+    )
+    if not is_number or not 0 < scale < math.inf:  # also refuses NaN
+        raise ValueError(f"scale must be finite and > 0, got {scale!r}")
     refused = ""
     with _unchanged(model):
         try:

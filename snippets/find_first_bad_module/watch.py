@@ -98,8 +98,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif key in self.given_as:
             words = f"the input batch holds NaN or Inf: {name}, {found}"
         else:
-            words = f"a tensor from before the block holds NaN or Inf: {found}"
-            words += f", read by {call.name} at {call.line}"
+            before = "before the block"
+            if _is_one_of_several():  # what it is sent, no operation writes
+                before += " or from another rank"
+            words = f"a tensor from {before} holds NaN or Inf: {found}"
+            words += f", read by {call.name}"
+            words += f" at {call.line}" if call.line else ""
         module = name.rpartition(".")[0] if kind else call.module[0]
         phase = "parameter" if kind else "input"
         report = BadModule(module, "", name, phase, (found,), found, message=words)
@@ -209,3 +213,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         faults = [origin for origin in self.harmed if not origin.is_written]
         chosen = faults or self.harmed or late or self.kept
         return min(chosen, key=lambda o: o.order).found if chosen else None
+
+
+def _is_one_of_several() -> bool:
+    """Tell whether other processes work at the same step."""
+    dist = torch.distributed
+    is_on = dist.is_available() and dist.is_initialized()
+    return is_on and dist.get_world_size() > 1
