@@ -310,6 +310,48 @@ def test_raising_ends_the_run_before_the_weights_are_spoiled() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_a_warning_that_was_made_an_error_ends_its_step(run: str) -> None:
+    """As "raise" does: the step is recorded, and the steps after it are seen."""
+    monitor = NumericsMonitor(interval=1)
+    nets: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        nets.append(network(AT))
+        return nets[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericsWarning)
+        with pytest.raises(NumericsWarning, match=f"forward of '.*3' at step {AT}"):
+            RUNS[run](monitor, "32-true", make)
+    monitor.detach()
+
+    assert monitor.records[-1]["nonfinite"]["phase"] == "forward"
+    assert monitor.step == AT + 1
+    assert all(bool(p.isfinite().all()) for p in nets[0].parameters())
+
+
+def test_a_loop_that_goes_on_after_an_error_is_watched_on() -> None:
+    """An error that is caught, of a rule or a warning, leaves no step open."""
+    for action in ("raise", "warn"):
+        model, values = nn.Linear(2, 1), [1.0, math.nan, 1.0, 1.0]
+        optimizer, errors = SGD(model.parameters(), lr=0.1), 0
+        monitor = NumericsMonitor(interval=1, rules={"nonfinite": action})
+        with warnings.catch_warnings(), monitor.attach(model):
+            warnings.simplefilter("error", NumericsWarning)
+            for value in values:
+                optimizer.zero_grad()
+                torch.autograd.backward(model(torch.full((1, 2), value)).sum())
+                try:
+                    optimizer.step()
+                except (NumericsError, NumericsWarning):
+                    errors += 1
+
+        assert errors == 1
+        assert [r["step"] for r in monitor.records] == [0, 1, 2, 3]
+        assert ["lost" in r for r in monitor.records] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_lost_updates_are_seen(run: str) -> None:
     """In bf16-true with a small step: the share is near 1, and one warning says so."""
     monitor = NumericsMonitor(interval=3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
-from .rules import NumericsError
+from .rules import NumericsError, NumericsWarning
 
 
 class Steps:
@@ -58,7 +58,7 @@ class Steps:
         self.stepping = optimizer
         try:
             self.begin(optimizer, self.numbers[optimizer], skipped)
-        except NumericsError:  # the step is not taken, and yet recorded
+        except (NumericsError, NumericsWarning):  # not taken, and yet recorded
             self._end()
             raise
 
