@@ -3,6 +3,9 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -766,6 +769,72 @@ def test_of_two_readers_the_one_with_bad_weights_is_named() -> None:
     assert monitor.records[0]["nonfinite"] == {"module": "sick", "phase": "backward"}
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+def test_of_two_readers_with_good_weights_the_one_without_is_named(
+    is_first: bool,
+) -> None:
+    """Whatever their order: weights that train would have bad gradients too.
+
+    Weights that do not train say nothing: either reader may be it.
+    """
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.detach()).clamp(min=0).sqrt()
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fine = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.root = Root()
+
+        def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+            h = self.stem(x)
+            return (
+                self.root(h) + self.fine(h) if is_first else self.fine(h) + self.root(h)
+            )
+
+    either = "root or fine" if is_first else "fine or root"
+    for freeze, name in ((False, "root"), (True, either)):
+        model = Residual()
+        model.fine.requires_grad_(not freeze)
+        monitor = NumericsMonitor(rules={"nonfinite": "ignore"})
+        optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        with monitor.attach(model):
+            torch.autograd.backward(model(torch.ones(2, 8)).sum())
+            optimizer.step()
+
+        assert monitor.records[0]["nonfinite"] == {"module": name, "phase": "backward"}
+
+
+def test_of_two_readers_that_could_both_be_it_both_are_named() -> None:
+    """Two layers whose weights train and are fine; the fault lies in one's input."""
+
+    class Sick(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            explode: Any = Explode.apply
+            return super().forward(explode(x))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.sick = nn.Linear(8, 8), Sick(8, 8)
+            self.fine = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+            h = self.stem(x)
+            return self.sick(h) + self.fine(h)
+
+    model = Residual()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        torch.autograd.backward(model(torch.ones(2, 8)).sum())
+        optimizer.step()
+
+    found = {"module": "sick or fine", "phase": "backward"}
+    assert monitor.records[0]["nonfinite"] == found
+
+
 def test_a_module_that_writes_in_place_is_named() -> None:
     """The derivative of a root at 0 is infinite, though it is the stem's tensor."""
 
@@ -820,6 +889,73 @@ def test_without_modules_that_run_the_last_parameter_is_named() -> None:
         optimizer.step()
 
     assert monitor.records[0]["nonfinite"] == {"module": "b", "phase": "backward"}
+
+
+RANK = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from snippets.numerics_monitor import NumericsMonitor
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+
+class Fault(nn.Module):
+    def __init__(self, sick):
+        super().__init__()
+        self.sick = sick
+    def forward(self, x):
+        return x * 1e30 * 1e30 if rank in self.sick else x
+
+found = []
+for sick in ([1], [0, 1], []):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Fault(sick), nn.Linear(4, 1))
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    path = f"{len(sick)} of {rank}.jsonl"
+    monitor = NumericsMonitor(path, rules={"nonfinite": "ignore"})
+    with monitor.attach(model):
+        ddp(torch.randn(8, 4)).sum().backward()
+        optimizer.step()
+    found.append(monitor.records[-1]["nonfinite"])
+dist.barrier()
+print(json.dumps(found), flush=True)
+os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs gloo",
+)
+def test_a_fault_of_another_rank_is_told_as_such(tmp_path: Path) -> None:
+    """Under DDP gradients are bad on both, and only one knows why and tells where."""
+    (tmp_path / "rank.py").write_text(RANK)
+    root = str(Path(__file__).parent.parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "rank.py", str(rank), str(tmp_path / "store")],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = []
+    for process in ranks:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        found.append(json.loads(output.splitlines()[-1]))
+
+    here = {"module": "1", "phase": "forward"}
+    there = {"module": "2 or another rank", "phase": "backward"}
+    assert found == [[there, here, None], [here, here, None]]
+    written = {path.name for path in tmp_path.glob("*.jsonl")}
+    assert written == {f"{count} of 0.jsonl" for count in (0, 1, 2)}
 
 
 # FP8

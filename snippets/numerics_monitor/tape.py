@@ -97,7 +97,8 @@ class Tape:
         """Name the module and the phase where the first value was not finite.
 
         Of several modules that read the tensor whose gradient is bad, it is the last of
-        the ``suspects``, modules with a parameter whose gradient is bad.
+        the ``suspects``, modules with a parameter whose gradient is bad; else those
+        without parameters that train, which could not be suspects; else any of all.
         """
         last = ""
         for kind, name, is_fine in self._flags():
@@ -108,9 +109,17 @@ class Tape:
                 return name, "forward" if all_finite(own) else "weights"
             else:  # what made it is between this output and the gradient before it
                 readers = self.readers.get(name, []) or [last or f"(after {name})"]
-                told = [reader for reader in readers if reader in suspects]
-                return (told or readers)[-1], "backward"
-        return next(reversed(suspects), "(unknown)"), "backward"
+                told = [reader for reader in readers if reader in suspects][-1:]
+                told = told or [r for r in readers if not self._trains(r)] or readers
+                return " or ".join(dict.fromkeys(told)), "backward"
+        found, dist = [*suspects[-1:]], torch.distributed
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            found.append("another rank")  # whose gradients were added to ours
+        return " or ".join(found) or "(unknown)", "backward"
+
+    def _trains(self, name: str) -> bool:
+        own = dict(self.model.named_modules()).get(name, nn.Identity())
+        return any(p.requires_grad for p in own.parameters(recurse=False))
 
     def _flags(self) -> Iterator[tuple[str, str, bool]]:
         flags = finite([value for _, _, value in self.sums])
