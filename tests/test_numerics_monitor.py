@@ -114,6 +114,29 @@ class Lit(lightning.LightningModule):
         return SGD(self.parameters(), lr=self.lr)
 
 
+class Adversarial(Lit):
+    """Two optimizers in turn, of a generator and a critic."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 1)]))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor]) -> None:  # type: ignore[override]
+        """Step the first on what the second says, then the second."""
+        parts: Any = self.net
+        for number, optimizer in enumerate(self.optimizers()):
+            x = parts[0](batch[0])
+            loss = parts[1](x.detach() if number else x).float().square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Take one for each part; the second's steps are too small for bfloat16."""
+        parts: Any = self.net
+        return [SGD(parts[0].parameters(), 0.1), SGD(parts[1].parameters(), 1e-7)]
+
+
 class Manual(Lit):
     """Two optimizers, stepped by hand, the second at every other batch."""
 
@@ -519,6 +542,18 @@ def test_a_rule_is_told_again_once_it_has_held(rule: str, bad: float) -> None:
     ]
 
 
+def test_a_scale_that_is_set_before_any_step_is_judged() -> None:
+    """It is of no optimizer, and told once of all."""
+    model = nn.Linear(2, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(1))  # makes its tensor
+    with (
+        NumericsMonitor().attach(model, scaler=scaler),
+        pytest.warns(NumericsWarning, match=r"min_scale: it is 0\.5 before step 0"),
+    ):
+        scaler.update(0.5)
+
+
 def test_rules_of_a_scaler_are_told_again_once_they_have_held() -> None:
     """Skipped, skipped, taken, taken, skipped: each is told at the first and last."""
     model = nn.Linear(2, 1)
@@ -592,6 +627,150 @@ def test_several_optimizers_and_manual_optimization(mode: str) -> None:
     order = [0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
     assert [r["optimizer"] for r in monitor.records] == order
     assert [r["step"] for r in monitor.records] == list(range(10))
+
+
+def test_each_of_two_optimizers_in_turn_is_measured_and_told() -> None:
+    """The second never has a step that is a multiple of an even interval."""
+    monitor = NumericsMonitor(interval=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NumericsWarning)
+        fit(monitor, "bf16-true", Adversarial)
+
+    measured = [(r["step"], r["optimizer"]) for r in monitor.records if "lost" in r]
+    assert measured == [
+        (0, 0),
+        (1, 1),
+        (4, 0),
+        (5, 1),
+        (8, 0),
+        (9, 1),
+        (12, 0),
+        (13, 1),
+    ]
+    told = [str(w.message) for w in caught if w.category is NumericsWarning]
+    assert told == ["max_lost: 100.0% at step 1, optimizer 1"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rule_is_told_once_of_each_optimizer(number: int) -> None:
+    """That the other one's steps are healthy ends no row, and hides no fault."""
+    rules = {"max_consecutive_skips": 0}
+    scaler = torch.amp.GradScaler("cpu")
+    for is_scaled in (False, True):
+        model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+        optimizers = [SGD(part.parameters(), lr=0.1) for part in model]
+        monitor = NumericsMonitor(interval=1, rules=rules)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NumericsWarning)
+            with monitor.attach(model, scaler=scaler if is_scaled else None):
+                for _ in range(3):
+                    for i, optimizer in enumerate(optimizers):
+                        value = math.nan if i == number else 1.0
+                        loss = model[i](torch.full((1, 2), value)).sum()
+                        optimizer.zero_grad()
+                        if is_scaled:
+                            torch.autograd.backward(scaler.scale(loss))
+                            scaler.step(optimizer)
+                            scaler.update()
+                        else:
+                            torch.autograd.backward(loss)
+                            optimizer.step()
+        told = [str(w.message) for w in caught]
+        end = f"forward of '{number}' at step {number}" + ", optimizer 1" * number
+        expected = [f"nonfinite: NaN or Inf began in {end}"]
+        if is_scaled:
+            expected.append(f"max_consecutive_skips: 1 in a row, the last for {end}")
+        assert told == expected
+
+
+def test_a_bad_step_puts_a_measurement_off_to_the_next_good_one() -> None:
+    """And no further: the one after it comes when it would have."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = SGD([weight], lr=0.1)
+    monitor = NumericsMonitor(interval=4, rules={"nonfinite": "ignore"})
+    with monitor.attach(nn.ParameterList([weight])):
+        for step in range(10):
+            value = math.nan if step in (4, 5) else 1.0
+            weight.grad = torch.full_like(weight, value)
+            if step not in (4, 5):
+                weight.data.fill_(1.0)
+            optimizer.step()
+
+    assert [r["step"] for r in monitor.records if "lost" in r] == [0, 6, 8]
+
+
+def test_a_run_that_goes_on_is_measured_where_it_would_have_been() -> None:
+    """From step 6 of a run that is measured at each 4th, for both optimizers."""
+    monitor = NumericsMonitor(interval=4, rules={"max_lost": "ignore"})
+    monitor.load_state_dict({"step": 6, "skips": 0, "consecutive_skips": 0})
+    fit(monitor, "32-true", Adversarial)
+
+    at = [8, 9, 12, 13, 16, 17]
+    assert [r["step"] for r in monitor.records if "lost" in r] == at
+
+
+def test_an_optimizer_that_has_ended_is_not_waited_for() -> None:
+    """Else the amax of all later steps would be taken, for a measurement to come."""
+    first, second = fp8.Linear(16, 16), fp8.Linear(16, 16)
+    model = nn.ModuleList([first, second])
+    optimizers = [SGD(part.parameters(), lr=1e-3) for part in model]
+    x, wanted = torch.randn(16, 16), []
+    with NumericsMonitor(interval=4).attach(model) as monitor:
+        for step in range(16):
+            part, optimizer = model[step > 2], optimizers[step > 2]
+            with fp8.autocast(enabled=True, recipe=fp8.Float8CurrentScaling()):
+                out = part(x)
+            torch.autograd.backward(out.float().square().mean())
+            wanted.append(bool(monitor._tape.amax.seen))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    measured = [r["step"] for r in monitor.records if "lost" in r]
+    assert measured == [0, 3, 4, 8, 12]
+    # The second's first step came unforeseen, and the first was waited for till 8.
+    assert [i for i, is_wanted in enumerate(wanted) if is_wanted] == [
+        0,
+        *range(4, 9),
+        12,
+    ]
+
+
+def test_a_number_is_of_one_living_optimizer() -> None:
+    """One that is made anew for each step keeps it, beside another that stays."""
+    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    with NumericsMonitor(interval=1).attach(model) as monitor:
+        staying = SGD(model[1].parameters(), lr=0.1)
+        for _ in range(3):
+            passing = SGD(model[0].parameters(), lr=0.1)
+            torch.autograd.backward(
+                (model[0](x := torch.ones(1, 2)) + model[1](x)).sum()
+            )
+            passing.step()
+            staying.step()
+
+    assert [r["optimizer"] for r in monitor.records] == [0, 1] * 3
+
+
+def test_what_is_usual_for_one_optimizer_stays_so_for_it() -> None:
+    """A mask of -Inf in the first's graph is not forgotten at the second's step."""
+
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(torch.eye(8).bool(), -math.inf)
+
+    fault = Fault(2)
+    first = nn.Sequential(nn.Linear(8, 8), Mask(), nn.Softmax(-1), fault)
+    model = nn.ModuleList([first, nn.Linear(8, 8)])
+    optimizers = [SGD(part.parameters(), lr=0.1) for part in model]
+    with NumericsMonitor(rules={"nonfinite": "ignore"}).attach(model) as monitor:
+        for _ in range(3):
+            for part, optimizer in zip(model, optimizers, strict=True):
+                torch.autograd.backward(part(torch.ones(8, 8)).square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+
+    found = [r["nonfinite"] for r in monitor.records]
+    assert found == [None, None, {"module": "0.3", "phase": "forward"}]
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
@@ -871,6 +1050,29 @@ def test_a_module_whose_infinities_are_usual_is_not_named() -> None:
 
     found = [r["nonfinite"] for r in monitor.records]
     assert found == [None, {"module": "3", "phase": "forward"}]
+
+
+def test_a_module_is_usual_only_while_it_makes_infinities() -> None:
+    """Infinite in the first measurement, not in the second: then it is a fault."""
+
+    class Scale(nn.Module):
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return x * factor
+
+    model = nn.ModuleList([nn.Linear(2, 1), Scale()])
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = NumericsMonitor(interval=1, rules={"nonfinite": "ignore"})
+    with monitor.attach(model):
+        for factor in (math.inf, 1.0, math.inf):
+            is_bad = monitor.step == 2
+            y = model[0](torch.ones(1, 2))
+            scaled = model[1](y, factor)
+            torch.autograd.backward((scaled if is_bad else y).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = [r["nonfinite"] for r in monitor.records]
+    assert found == [None, None, {"module": "1", "phase": "forward"}]
 
 
 def test_without_modules_that_run_the_last_parameter_is_named() -> None:

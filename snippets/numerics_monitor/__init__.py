@@ -51,8 +51,9 @@ class NumericsMonitor(LightningCallback):
         path: JSON lines, one for each record, written as they come. A run that goes on
             from a checkpoint continues the file; a new run takes its place in
             `records`. None: kept in memory only.
-        interval: Steps between measurements, from 1. In between only bad steps and new
-            scales are recorded.
+        interval: Steps between measurements, from 1; of several optimizers each is
+            measured, at its first good step from there. In between only bad steps and
+            new scales are recorded.
         rules: Name -> (limit, action), a limit, or an action ("raise", "warn",
             "ignore"), for names in `RULES`; the others stay as there.
         format: The dtype that gradients must survive. None: the narrowest dtype among
@@ -107,8 +108,11 @@ class NumericsMonitor(LightningCallback):
         self.rules = complete(rules or {})
         self.records: list[dict[str, Any]] = []
         self.step = self.skips = self.consecutive_skips = 0
-        self._streaks: dict[int, int] = {}  # skips in a row, by optimizer
-        self._told: set[str] = set()  # broken rules: told once until they hold again
+        # By optimizer:
+        self._streaks: dict[int, int] = {}  # skips in a row
+        self._due: dict[int, int] = {}  # the step from which on it is measured next
+        self._first_due = 0  # of one that has not stepped yet
+        self._told: set[tuple[str, int]] = set()  # broken rules, until they hold again
         self._handles: list[Any] = []
         self._forget()
 
@@ -116,7 +120,7 @@ class NumericsMonitor(LightningCallback):
         self._scaler: Any = None
         self._log: Log | None = None
         self._owners: dict[int, str] = {}  # of parameters: their modules' names
-        self._tape = Tape(nn.Identity(), self._is_due)
+        self._tape = Tape(nn.Identity(), self._is_one_due)
         self._record: dict[str, Any] = {}  # of the step that is under way
         self._weights: list[measure.Before] = []
 
@@ -162,7 +166,7 @@ class NumericsMonitor(LightningCallback):
             if p.requires_grad
         }
         self._resume()
-        self._tape = Tape(model, self._is_due)
+        self._tape = Tape(model, self._is_one_due)
         if not is_compiled:
             self._handles += self._tape.watch()
         self._handles += Steps(self._owners, self._begin, self._end).watch(self._scaler)
@@ -203,7 +207,8 @@ class NumericsMonitor(LightningCallback):
                 f"the state must have counts of {[*mine]}, got {state_dict}"
             )
         vars(self).update(state_dict)
-        self._streaks = {0: self.consecutive_skips}
+        self._streaks, self._due = {0: self.consecutive_skips}, {}
+        self._first_due = -(-self.step // self.interval) * self.interval  # rounded up
         if self._handles:
             self._resume()
 
@@ -216,8 +221,14 @@ class NumericsMonitor(LightningCallback):
 
     # ---------------------------------------------------------------- one step
 
-    def _is_due(self) -> bool:
-        return self.step % self.interval == 0
+    def _is_one_due(self) -> bool:
+        """Tell whether the step to come may be measured, whosever it is.
+
+        An optimizer without a step for a whole interval is not waited for, and the
+        first step of one that begins after another comes unforeseen.
+        """
+        due = self._due.values() or [self._first_due]
+        return any(0 <= self.step - at <= self.interval for at in due)
 
     def _begin(self, optimizer: Optimizer, number: int, skipped: bool) -> None:
         """Look at the gradients, which are ready."""
@@ -236,9 +247,14 @@ class NumericsMonitor(LightningCallback):
         self._streaks[number] = self._streaks.get(number, 0) + 1 if skipped else 0
         self.consecutive_skips = max(self._streaks.values())
         is_checked = self._scaler is not None  # by the scaler
-        if skipped or not (is_checked or all_finite(p.grad for p, _ in params)):
+        is_bad = skipped or not (is_checked or all_finite(p.grad for p, _ in params))
+        is_due = self._due.get(number, self._first_due) <= self.step
+        if is_due:  # of optimizers in turn, some have no step at the interval itself
+            interval = 1 if is_bad else self.interval
+            self._due[number] = (self.step // interval + 1) * interval
+        if is_bad:
             self._locate([p for p, _ in params])
-        elif self._is_due():
+        elif is_due:
             self._judge("nonfinite", False)
             self._judge("max_consecutive_skips", False)
             self._tape.learn()
@@ -277,7 +293,8 @@ class NumericsMonitor(LightningCallback):
         if self._weights:
             record |= measure.updates(self._weights, self.sample)
         last = self.records[-1]["scale"] if self.records else None
-        is_told = self._is_due() or record["nonfinite"] or record["scale"] != last
+        is_measured = "zero" in record
+        is_told = is_measured or record["nonfinite"] or record["scale"] != last
         self._tape.clear()
         self._weights = []
         self.step += 1
@@ -303,23 +320,25 @@ class NumericsMonitor(LightningCallback):
         """Stand in for the scaler's, which sets the scale."""
         original(*args, **kw)
         scale, (limit, _) = self._scaler.get_scale(), self.rules["min_scale"]
-        text = f"it is {scale:g} after step {self.step - 1}"
-        self._judge("min_scale", scale < limit, text)
+        when = f"after step {self.step - 1}" if self.step else "before step 0"
+        self._judge("min_scale", scale < limit, f"it is {scale:g} {when}")
 
     def _judge(self, rule: str, is_broken: bool, text: str = "") -> None:
-        """Warn once until the rule holds again, or raise.
+        """Warn once for each optimizer until the rule holds again, or raise.
 
         Raises:
             NumericsError: The rule is broken, and its action is to raise.
         """
         action = self.rules[rule][1]
+        number = 0 if rule == "min_scale" else self._record["optimizer"]
+        text = f"{rule}: {text}" + (f", optimizer {number}" if number else "")
         if not is_broken:
-            self._told.discard(rule)
+            self._told.discard((rule, number))
         elif action == "raise":
-            raise NumericsError(f"{rule}: {text}")
-        elif action == "warn" and rule not in self._told:
-            self._told.add(rule)
-            warnings.warn(f"{rule}: {text}", NumericsWarning, stacklevel=2)
+            raise NumericsError(text)
+        elif action == "warn" and (rule, number) not in self._told:
+            self._told.add((rule, number))
+            warnings.warn(text, NumericsWarning, stacklevel=2)
 
     # ------------------------------------------------------------ the records
 

@@ -51,7 +51,9 @@ class Steps:
             params = [p for g in optimizer.param_groups for p in g["params"]]
             if not any(id(p) in self.parameters for p in params):
                 return False
-            self.numbers[optimizer] = len(self.numbers)
+            taken = {*self.numbers.values()}  # by those that are alive
+            free = (n for n in range(len(taken) + 1) if n not in taken)
+            self.numbers[optimizer] = next(free)
         return self.stepping is None  # not within the step of another
 
     def _begin(self, optimizer: Optimizer, *, skipped: bool) -> None:

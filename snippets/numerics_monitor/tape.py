@@ -91,7 +91,9 @@ class Tape:
 
     def learn(self) -> None:
         """Take this step as healthy: infinities in it are meant, as in a mask."""
-        self.usual = {name for _, name, is_fine in self._flags() if not is_fine}
+        flags = list(self._flags())
+        self.usual -= {name for _, name, _ in flags}  # not others, of another optimizer
+        self.usual |= {name for _, name, is_fine in flags if not is_fine}
 
     def first_bad(self, suspects: list[str]) -> tuple[str, str]:
         """Name the module and the phase where the first value was not finite.
