@@ -1310,6 +1310,43 @@ def test_records_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
             )
 
 
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    """Weights that are all 0 have no ratio: JSON, loggers and picture do without."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    path, seen = tmp_path / "run.jsonl", []
+    model = fp8.Linear(16, 16)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = NumericsMonitor(path, interval=1)
+    with monitor.attach(model, log=lambda numbers, _: seen.append(numbers)):
+        for value in (1.0, math.inf):
+            with fp8.autocast(enabled=True, recipe=fp8.Float8CurrentScaling()):
+                out = model(torch.full((16, 16), 1.0))
+            monitor._tape.amax.see(".input", torch.tensor(value))
+            torch.autograd.backward(out.float().sum())
+            optimizer.step()
+
+    lines = path.read_text("utf-8").splitlines()
+    strict = [json.loads(line, parse_constant=refuse) for line in lines[1:]]
+    assert strict == monitor.records == NumericsMonitor.load(path).records
+    assert [r["update_ratio"] is None for r in strict] == [True, False]
+    assert [r["amax"][".input"] for r in strict] == [1.0, None]
+    assert ["numerics/update_ratio" in n for n in seen] == [False, True]
+    assert ["numerics/amax/.input" in n for n in seen] == [True, False]
+    figure = monitor.plot()
+    drawn = {
+        str(line.get_label()): [*line.get_xdata()]  # type: ignore[misc]
+        for axes in figure.axes
+        for line in axes.lines
+    }
+    assert (drawn["update / weight"], drawn[".input"]) == ([1], [0])
+    figure.savefig(tmp_path / "run.png")
+
+
 def test_counts_that_come_after_the_setup_continue_the_file(tmp_path: Path) -> None:
     """As with Fabric, which attaches before it loads."""
     path = tmp_path / "run.jsonl"

@@ -70,7 +70,8 @@ class NumericsMonitor(LightningCallback):
             the most), ``update_ratio`` (norm of the change by norm of the weights),
             ``half_ulp`` (of the weights' dtype, by the weight, at most), ``lost``
             (share of weights with a gradient that the step left as they were) and
-            ``amax`` (of FP8 tensors).
+            ``amax`` (of FP8 tensors). A ratio or an amax that is not finite is None,
+            such as the ratio to weights that are all 0.
 
     Raises:
         TypeError: A rule is no limit and no action.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .tensors import floats
+from .tensors import floats, or_none
 
 # What Transformer Engine's amax history holds for each matrix product.
 _KINDS = {
@@ -27,11 +27,10 @@ class Amax:
             amax, before = tensor.detach().abs().amax(), self.seen.get(name)
             self.seen[name] = amax if before is None else torch.maximum(before, amax)
 
-    def read(self, model: nn.Module) -> dict[str, float]:
+    def read(self, model: nn.Module) -> dict[str, float | None]:
         """Return what was seen, and what the modules' histories say of more."""
-        return {name: amax.item() for name, amax in self.seen.items()} | dict(
-            _history(model)
-        )
+        seen = {name: amax.item() for name, amax in self.seen.items()}
+        return {n: or_none(amax) for n, amax in (seen | dict(_history(model))).items()}
 
 
 def _history(model: nn.Module) -> Iterator[tuple[str, float]]:

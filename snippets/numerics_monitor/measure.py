@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tensors import sampled
+from .tensors import or_none, sampled
 
 
 def gradients(
@@ -57,7 +57,7 @@ def before(param: Tensor, sample: int) -> Before:
     return Before(param, sampled(param, sample).clone(), alive)
 
 
-def updates(weights: list[Before], sample: int) -> dict[str, float]:
+def updates(weights: list[Before], sample: int) -> dict[str, float | None]:
     """Return the size of an update, and the share of those that changed nothing."""
     change = norm = 0.0
     lost, total = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}  # in 16 bits or not
@@ -69,7 +69,7 @@ def updates(weights: list[Before], sample: int) -> dict[str, float]:
         lost[is_half] += share * int((alive & (after == values)).sum())
         total[is_half] += share * int(alive.sum())
     return {
-        "update_ratio": math.sqrt(change / norm) if norm else math.inf,
+        "update_ratio": or_none(math.sqrt(change / norm) if norm else math.inf),
         "half_ulp": max(torch.finfo(p.dtype).eps for p, *_ in weights) / 2,
         "lost": sum(lost.values()) / max(sum(total.values()), 1),
         "lost_in_half": lost[True] / max(total[True], 1),

@@ -33,7 +33,7 @@ def draw(records: list[dict[str, Any]]) -> "Figure":
     updates.plot(*_column(records, "half_ulp"), "--", label="half an ulp")
     updates.set_yscale("symlog", linthresh=1e-8)
     for name in sorted({n for r in records for n in r.get("amax", {})}):
-        rows = [r for r in records if name in r.get("amax", {})]
+        rows = [r for r in records if r.get("amax", {}).get(name) is not None]
         values = [r["amax"][name] for r in rows]
         amax.plot([r["step"] for r in rows], values, ".-", label=name)
     amax.set_yscale("log", base=2)
@@ -47,5 +47,5 @@ def draw(records: list[dict[str, Any]]) -> "Figure":
 
 
 def _column(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    rows = [r for r in records if name in r]
+    rows = [r for r in records if r.get(name) is not None]
     return [r["step"] for r in rows], [r[name] for r in rows]

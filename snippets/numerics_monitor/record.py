@@ -36,12 +36,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def numbers(record: dict[str, Any], skips: int) -> dict[str, float]:
     """Return what of a record a logger can draw, by the logger's names."""
     names = ("scale", "zero", "underflow", "lost", "update_ratio")
-    found = {name: float(record[name]) for name in names if name in record}
+    found = {n: float(record[n]) for n in names if record.get(n) is not None}
     found |= {
         "skips": float(skips),
         "nonfinite": float(record["nonfinite"] is not None),
     }
-    found |= {f"amax/{name}": amax for name, amax in record.get("amax", {}).items()}
+    amax = record.get("amax", {})
+    found |= {f"amax/{n}": value for n, value in amax.items() if value is not None}
     end = f"/{record['optimizer']}" if record["optimizer"] else ""
     return {f"numerics/{name}{end}": number for name, number in found.items()}
 

@@ -1,5 +1,6 @@
 """What is read from tensors: whether all is finite, and a sample of the values."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,6 +41,11 @@ def finite(numbers: list[Tensor]) -> list[bool]:
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Tell whether every value of every tensor is finite."""
     return all(finite([total(tensor) for tensor in tensors]))
+
+
+def or_none(number: float) -> float | None:
+    """Return a finite number; None else: JSON has no infinity and no NaN."""
+    return number if math.isfinite(number) else None
 
 
 def sampled(tensor: Any, sample: int) -> Tensor:  # noqa: ANN401
