@@ -1473,8 +1473,16 @@ def test_wrong_arguments_are_refused() -> None:
                 ValueError, match=f"{name} must be a whole number from 1"
             ):
                 NumericsMonitor(**{name: bad})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="format must be a floating-point dtype"):
-        NumericsMonitor(format=torch.int8)
+    for bad_format in (torch.int8, "fp16", 16):
+        text = f"format must be a floating-point dtype, got {bad_format!r}"
+        with pytest.raises(ValueError, match=text):
+            NumericsMonitor(format=bad_format)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path must be a path or None, got 3"):
+        NumericsMonitor(3)  # type: ignore[arg-type]
+    for bad_rules in ("raise", 0):
+        text = rf"rules must be a mapping of .*'max_lost'.*, got {bad_rules!r}"
+        with pytest.raises(TypeError, match=text):
+            NumericsMonitor(rules=bad_rules)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"unknown rule 'min_scal', allow"):
         NumericsMonitor(rules={"min_scal": 1.0})
     with pytest.raises(ValueError, match=r"allowed are .*got 'stop'"):
@@ -1488,7 +1496,11 @@ def test_wrong_arguments_are_refused() -> None:
         monitor.attach(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="scaler must have the methods"):
         monitor.attach(model, scaler=3)
-    for state in ({}, {"step": 1}, {"step": -1, "skips": 0, "consecutive_skips": 0}):
+    with pytest.raises(TypeError, match="log must be callable, got 'csv'"):
+        monitor.attach(model, log="csv")  # type: ignore[arg-type]
+    negative = {"step": -1, "skips": 0, "consecutive_skips": 0}
+    states: list[Any] = [{}, {"step": 1}, negative, 3, "step"]
+    for state in states:
         with pytest.raises(ValueError, match="the state must have counts of"):
             monitor.load_state_dict(state)
     with (

@@ -18,6 +18,7 @@ SPDX-License-Identifier: Apache-2.0
 
 import warnings
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -74,7 +75,8 @@ class NumericsMonitor(LightningCallback):
             such as the ratio to weights that are all 0.
 
     Raises:
-        TypeError: A rule is no limit and no action.
+        TypeError: ``path`` is no path, ``rules`` no mapping, or a rule no limit and no
+            action.
         ValueError: An argument is out of range, or a rule unknown.
 
     Example:
@@ -102,11 +104,13 @@ class NumericsMonitor(LightningCallback):
                 raise ValueError(
                     f"{name} must be a whole number from 1, got {number!r}"
                 )
-        if format is not None and not format.is_floating_point:
-            raise ValueError(f"format must be a floating-point dtype, got {format}")
+        if format is not None and not getattr(format, "is_floating_point", False):
+            raise ValueError(f"format must be a floating-point dtype, got {format!r}")
+        if not isinstance(path, str | PathLike | None):
+            raise TypeError(f"path must be a path or None, got {path!r}")
         self.path = None if path is None else Path(path)
         self.interval, self.sample, self.format = interval, sample, format
-        self.rules = complete(rules or {})
+        self.rules = complete({} if rules is None else rules)
         self.records: list[dict[str, Any]] = []
         self.step = self.skips = self.consecutive_skips = 0
         # By optimizer:
@@ -145,7 +149,8 @@ class NumericsMonitor(LightningCallback):
             log: Called with numbers by name, and the step.
 
         Raises:
-            TypeError: ``model`` is no module, or ``scaler`` lacks a method.
+            TypeError: ``model`` is no module, ``scaler`` lacks a method, or ``log`` is
+                not callable.
             RuntimeError: The monitor is attached already.
         """
         if not isinstance(model, nn.Module):
@@ -155,6 +160,8 @@ class NumericsMonitor(LightningCallback):
         if scaler is not None and missing:
             name = type(scaler).__name__
             raise TypeError(f"scaler must have the methods {missing}, got {name}")
+        if log is not None and not callable(log):
+            raise TypeError(f"log must be callable, got {log!r}")
         if self._handles:
             raise RuntimeError("the monitor is attached already: detach() it first")
         enabled = getattr(scaler, "is_enabled", lambda: True)()
@@ -201,13 +208,14 @@ class NumericsMonitor(LightningCallback):
             ValueError: It is not such a state.
         """
         mine = self.state_dict()
-        if set(state_dict) != set(mine) or not all(
-            isinstance(n, int) and n >= 0 for n in state_dict.values()
+        given: Any = state_dict
+        if not (
+            isinstance(given, Mapping)
+            and set(given) == set(mine)
+            and all(isinstance(n, int) and n >= 0 for n in given.values())
         ):
-            raise ValueError(
-                f"the state must have counts of {[*mine]}, got {state_dict}"
-            )
-        vars(self).update(state_dict)
+            raise ValueError(f"the state must have counts of {[*mine]}, got {given!r}")
+        vars(self).update(given)
         self._streaks, self._due = {0: self.consecutive_skips}, {}
         self._first_due = -(-self.step // self.interval) * self.interval  # rounded up
         if self._handles:

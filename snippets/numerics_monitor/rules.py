@@ -1,6 +1,5 @@
 """The rules of a run: their limits, and what happens where one is broken."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +26,11 @@ def complete(given: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     """Return all rules, those that are not given as in `RULES`.
 
     Raises:
-        TypeError: A limit is no number.
+        TypeError: A limit is no number, or ``given`` no mapping.
         ValueError: A rule or an action is unknown, or a limit negative or NaN.
     """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"rules must be a mapping of {[*RULES]}, got {given!r}")
     rules = dict(RULES)
     for name, value in given.items():
         if name not in RULES:
@@ -49,24 +50,3 @@ def complete(given: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
             raise ValueError(f"rule {name!r}: allowed are {_ACTIONS}, got {action!r}")
         rules[name] = limit, action
     return rules
-
-
-class Judge:
-    """Warn of a rule once, until it holds again, or raise each time."""
-
-    def __init__(self) -> None:
-        self.told: set[str] = set()
-
-    def __call__(self, rule: str, action: str, is_broken: bool, text: str = "") -> None:
-        """Tell that a rule is broken, or note that it holds.
-
-        Raises:
-            NumericsError: The rule is broken, and its action is to raise.
-        """
-        if not is_broken:
-            self.told.discard(rule)
-        elif action == "raise":
-            raise NumericsError(f"{rule}: {text}")
-        elif action == "warn" and rule not in self.told:
-            self.told.add(rule)
-            warnings.warn(f"{rule}: {text}", NumericsWarning, stacklevel=3)
