@@ -453,6 +453,77 @@ def test_underflow_is_judged_at_the_scale() -> None:
     assert shares == [1.0, 0.0]
 
 
+def tiny(
+    factor: float, *, scale: float = 1.0, half: torch.dtype = torch.float16
+) -> Any:  # noqa: ANN401
+    """Train three steps with a loss so small; return the records and what is told."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    monitor = NumericsMonitor(interval=1, rules={"max_underflow": "ignore"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NumericsWarning)
+        with monitor.attach(model, scaler=scaler):
+            for _ in range(3):
+                with torch.autocast("cpu", half):
+                    loss = model(torch.randn(8, 4)).float().square().mean() * factor
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+    return monitor.records, [str(w.message) for w in caught]
+
+
+def test_float16_without_a_scaler_and_without_gradients_is_told() -> None:
+    """Not if bfloat16 computes, nor under a scaler, nor of a gradient that is left."""
+    records, told = tiny(1e-10)
+    assert [r["zero"] for r in records] == [1.0] * 3
+    text = "all gradients are 0, 2 measurements in a row, the last at step 1"
+    assert told == [f"max_zero_steps: {text}"]
+
+    assert tiny(1e-10, scale=2.0**20)[1] == []
+    assert tiny(1e-4)[1] == []
+    for settings in ({"half": torch.bfloat16}, {"scale": 2.0}):
+        records, told = tiny(0.0, **settings)
+        assert [r["zero"] for r in records] == [1.0] * 3
+        assert told == []
+
+
+def test_a_step_without_gradients_is_no_fault() -> None:
+    """A loss of 0, a head that begins with 0 and has its own optimizer, an embedding.
+
+    Of the embedding the sample has none of the rows that are read.
+    """
+    half = torch.autocast("cpu", torch.float16)
+    monitor = NumericsMonitor(interval=1, sample=64, rules={"max_lost": "ignore"})
+    torch.manual_seed(0)
+    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    nn.init.zeros_(head.weight)
+    words = nn.Embedding(4096, 4)
+    model = nn.ModuleList([body, head, words])
+    optimizers = [SGD(part.parameters(), lr=0.1) for part in model]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericsWarning)
+        with monitor.attach(model):
+            for factor in (1.0, 1.0, 0.0, 1.0, 0.0):
+                with half:
+                    h = head(
+                        body(torch.randn(8, 4)) + words(torch.tensor([1, 2, 3, 5] * 2))
+                    )
+                torch.autograd.backward((h.float() - 1).square().mean() * factor)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    zeros = [
+        [r["zero"] for r in monitor.records if r["optimizer"] == i] for i in range(3)
+    ]
+    assert zeros[0] == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert zeros[1][0] < 1
+    assert zeros[2] == [1.0] * 5
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_fused_step_is_measured_as_another(fused: bool) -> None:
     """The scaler leaves it gradients that are scaled, which the measure allows for."""

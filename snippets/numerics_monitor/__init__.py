@@ -115,6 +115,7 @@ class NumericsMonitor(LightningCallback):
         self.step = self.skips = self.consecutive_skips = 0
         # By optimizer:
         self._streaks: dict[int, int] = {}  # skips in a row
+        self._zeros: dict[int, int] = {}  # measurements of zeros in a row
         self._due: dict[int, int] = {}  # the step from which on it is measured next
         self._first_due = 0  # of one that has not stepped yet
         self._told: set[tuple[str, int]] = set()  # broken rules, until they hold again
@@ -216,7 +217,7 @@ class NumericsMonitor(LightningCallback):
         ):
             raise ValueError(f"the state must have counts of {[*mine]}, got {given!r}")
         vars(self).update(given)
-        self._streaks, self._due = {0: self.consecutive_skips}, {}
+        self._streaks, self._zeros, self._due = {0: self.consecutive_skips}, {}, {}
         self._first_due = -(-self.step // self.interval) * self.interval  # rounded up
         if self._handles:
             self._resume()
@@ -291,10 +292,28 @@ class NumericsMonitor(LightningCallback):
         target = self.format or self._tape.narrowest()
         self._record |= measure.gradients(owned, scale, target, self.sample)
         self._record["amax"] = self._tape.amax.read(self._tape.model)
+        self._judge_zeros([p for p, _ in params])
         for p, group in params:
             lr = group.get("lr", 1.0)
             if isinstance(lr, Tensor) or lr != 0:
                 self._weights.append(measure.before(p, self.sample))
+
+    def _judge_zeros(self, params: list[Tensor]) -> None:
+        """Judge gradients that are all 0 where float16 has no scale to prevent it.
+
+        Once is no fault: of weights below a head that begins with zeros they are 0.
+        """
+        number, (limit, _) = self._record["optimizer"], self.rules["max_zero_steps"]
+        is_zero = (
+            self._scaler is None
+            and self._record["zero"] > 0.99  # of the sample; then look at all
+            and measure.is_short({*self._tape.dtypes, *(p.dtype for p in params)})
+            and measure.all_zero(params)
+        )
+        self._zeros[number] = self._zeros.get(number, 0) + 1 if is_zero else 0
+        text = f"all gradients are 0, {self._zeros[number]} measurements in a row,"
+        text += f" the last at step {self.step}"
+        self._judge("max_zero_steps", self._zeros[number] > limit, text)
 
     def _end(self) -> None:
         """Record, log, judge, and be ready for the next step."""

@@ -43,6 +43,18 @@ def gradients(
     }
 
 
+def is_short(dtypes: Iterable[torch.dtype]) -> bool:
+    """Tell whether one ends far above float32, as float16 does, and bfloat16 not."""
+    end = torch.finfo(torch.float32).smallest_normal
+    return any(torch.finfo(dtype).smallest_normal > end for dtype in dtypes)
+
+
+def all_zero(params: Iterable[Tensor]) -> bool:
+    """Tell whether each value of each gradient, of at least one, is 0."""
+    values = [sampled(p.grad, p.numel()) for p in params]
+    return bool(values) and not any(bool((v != 0).any()) for v in values)
+
+
 class Before(NamedTuple):
     """Values of a parameter before its step, and which of them have a gradient."""
 

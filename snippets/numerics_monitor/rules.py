@@ -10,6 +10,7 @@ RULES: dict[str, tuple[float, str]] = {
     "max_consecutive_skips": (20, "warn"),  # of 2**16 the 20th half is 2**-4
     "max_lost": (0.9, "warn"),  # share of updates of 16-bit weights that change nothing
     "max_underflow": (0.5, "warn"),  # share of gradients that the format rounds to zero
+    "max_zero_steps": (1, "warn"),  # in a row, measured, all 0 in unscaled float16
 }
 _ACTIONS = ("raise", "warn", "ignore")
 
