@@ -902,6 +902,29 @@ def test_a_sparse_gradient_is_read(is_bad: bool) -> None:
         assert (found(result).module, found(result).phase) == ("1", "backward")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # jvp's
+@pytest.mark.parametrize("is_bad", [False, True])
+@pytest.mark.parametrize("way", ["vmap", "grad", "jvp"])
+def test_transforms_of_torch_func_are_read(way: str, is_bad: bool) -> None:
+    """Of forward mode some tangents are zeros without memory."""
+    torch.manual_seed(0)
+    first, inner = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = nn.ModuleDict({"first": first, "inner": inner})
+    if is_bad:
+        nn.init.constant_(inner.weight, math.inf)
+    with FirstBadModule(model) as found:
+        x = first(torch.randn(4, 8))
+        if way == "vmap":
+            y: Tensor = torch.func.vmap(inner)(x)
+        elif way == "grad":
+            y = torch.func.grad(lambda z: inner(z).square().sum())(x)
+        else:
+            y = torch.func.jvp(inner, (x,), (torch.ones_like(x),))[1]
+        torch.autograd.backward(y.mean())
+    expected = "parameter inner.weight holds NaN or Inf" if is_bad else "no NaN or Inf"
+    assert str(found).startswith(expected)
+
+
 def test_the_block_changes_no_number() -> None:
     """A run within it has the same weights, gradients and draws, bit for bit."""
     outcomes = []

@@ -1234,6 +1234,42 @@ def test_a_fault_of_another_rank_is_told_as_such(tmp_path: Path) -> None:
 # FP8
 
 
+class Transformed(nn.Module):
+    """Runs its second layer within a transform of torch.func."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.inner, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform."""
+        x = self.first(x)
+        if self.way == "vmap":
+            y: Tensor = torch.func.vmap(self.inner)(x)
+        else:
+            y = torch.func.grad(lambda z: self.inner(z).square().sum())(x)
+        return y
+
+
+@pytest.mark.parametrize("way", ["vmap", "grad"])
+def test_transforms_of_torch_func_are_looked_around(way: str) -> None:
+    """Their tensors cannot be read; a fault in there is told where it comes out."""
+    torch.manual_seed(0)
+    model, x = Transformed(way), torch.randn(4, 8)
+    optimizer = SGD(model.parameters(), 1e-3)
+    monitor = NumericsMonitor(interval=1, rules={"nonfinite": "ignore"})
+    with monitor.attach(model):
+        for step in range(3):
+            if step == 2:
+                torch.nn.init.constant_(model.inner.weight, math.inf)
+            optimizer.zero_grad()
+            torch.autograd.backward(model(x).mean())
+            optimizer.step()
+    healthy, _, bad = (record["nonfinite"] for record in monitor.records)
+    assert healthy is None
+    assert bad == {"module": "(after first)", "phase": "backward"}
+
+
 def test_a_module_that_only_passes_on_what_another_made_is_not_named() -> None:
     """A DropPath that keeps all returns the sick layer's own tensor."""
 

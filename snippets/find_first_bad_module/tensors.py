@@ -21,7 +21,9 @@ def tensors_in(things: object) -> Iterator[Tensor]:
         things = things.values()
     if isinstance(things, Tensor):
         is_float = things.is_floating_point() or things.is_complex()
-        if is_float and things.device.type != "meta" and things.numel():
+        # The second are forward mode's tangents: zeros that have no memory.
+        has_values = not (things.is_meta or things._is_zerotensor())
+        if is_float and has_values and things.numel():
             yield things
     elif isinstance(things, (dict, list, tuple)):
         for thing in things.values() if isinstance(things, dict) else things:

@@ -63,6 +63,8 @@ class Tape:
     ) -> None:
         if not (module.training or torch.is_grad_enabled()):
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # a transform of torch.func, whose tensors cannot be read
         if is_fp8 and self.is_due():
             self.amax.see(f"{name}.input", args)
         for x in floats(args):
