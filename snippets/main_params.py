@@ -12,7 +12,7 @@ what Megatron does for ``bf16-mixed`` and ``16-mixed``, on one process.
              Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1 (bytes);
              Megatron-LM d98e8a64, megatron/core/optimizer/optimizer.py (order of a
              step) and docs/user-guide/features/dist_optimizer.md (bytes).
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -100,8 +100,8 @@ class MainParams(Optimizer):
         if scaler is not None and missing:
             name = type(scaler).__name__
             raise TypeError(f"scaler must have the methods {missing}, got {name}")
-        if clip_grad is not None and not clip_grad > 0:  # also refuses NaN
-            raise ValueError(f"clip_grad must be > 0 or None, got {clip_grad}")
+        if clip_grad is not None and not _is_positive(clip_grad):
+            raise ValueError(f"clip_grad must be > 0 or None, got {clip_grad!r}")
         if grad_dtype not in (None, torch.float32):
             allowed = "None or torch.float32"
             raise ValueError(f"grad_dtype must be {allowed}, got {grad_dtype}")
@@ -172,8 +172,8 @@ class MainParams(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a parameter changed its dtype or
-                device since its main param was made. Nothing has been changed.
+            RuntimeError: A gradient is sparse, or a parameter changed its dtype, shape
+                or device since its main param was made. Nothing has been changed.
         """  # noqa: DOC502 - raised by _check_gradient
         loss = None
         if closure is not None:
@@ -214,8 +214,11 @@ class MainParams(Optimizer):
         """Return the inner optimizer's state with ``main_param`` in each entry.
 
         Besides ``state`` and ``param_groups`` it holds the inner ``optimizer``'s name
-        and, if there is one, the ``scaler``'s state. Save the model's as well.
+        and, if there is one, the ``scaler``'s state. Save the model's as well. Hooks on
+        saving and loading run as with any optimizer.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         with self._inner_on(self.main_params):
             saved: dict[str, Any] = self.inner.state_dict()
         saved["state"] = {index: dict(entry) for index, entry in saved["state"].items()}
@@ -225,6 +228,9 @@ class MainParams(Optimizer):
         saved["optimizer"] = type(self.inner).__name__
         if self.scaler is not None:
             saved["scaler"] = self.scaler.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, saved)
+            saved = saved if changed is None else changed
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -238,6 +244,9 @@ class MainParams(Optimizer):
             ValueError: It was saved around another optimizer, for other parameters, or
                 with a scaler where there is none (or the other way round).
         """  # noqa: DOC502 - raised by _check_state
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed: Mapping[str, Any] | None = before(self, dict(state_dict))
+            state_dict = state_dict if changed is None else changed
         _check_state(state_dict, self)
         groups = state_dict["param_groups"]
         state = {index: dict(entry) for index, entry in state_dict["state"].items()}
@@ -252,6 +261,8 @@ class MainParams(Optimizer):
         with self._inner_on(mains):
             self.inner.load_state_dict({"state": state, "param_groups": groups})
         self.main_params = mains
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @contextmanager
     def _inner_on(self, mains: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -285,14 +296,20 @@ class MainParams(Optimizer):
         if p.grad is not None and p.grad.is_sparse:
             raise RuntimeError("MainParams does not support sparse gradients")
         main = self.main_params.get(p)
-        if main is not None and (p.dtype not in _HALF or p.device != main.device):
-            now = f"{p.dtype} on {p.device}"
+        if main is None:
+            return
+        if p.dtype not in _HALF or p.shape != main.shape or p.device != main.device:
+            now = f"{p.dtype} of shape {tuple(p.shape)} on {p.device}"
             raise RuntimeError(f"a parameter that has a main param has become {now}")
 
     def _request_grad_dtype(self) -> None:
         for p in _params(self):
             if self.grad_dtype is not None and p.dtype != torch.float64:
                 p.grad_dtype = self.grad_dtype
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0  # also refuses NaN
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
@@ -319,6 +336,9 @@ def _check_state(state_dict: object, optimizer: MainParams) -> None:
     keys = state_dict.keys()
     if keys - set(_STATE_KEYS) or not {"state", "param_groups"} <= keys:
         raise ValueError(f"a state dict has the keys {_STATE_KEYS}, got {sorted(keys)}")
+    if not isinstance(state_dict["state"], Mapping):
+        kind = type(state_dict["state"]).__name__
+        raise ValueError(f"'state' of a state dict is a mapping, got {kind}")
     mine = type(optimizer.inner).__name__
     if (saved := state_dict.get("optimizer", mine)) != mine:
         raise ValueError(f"saved around {saved}, this is around {mine}")
@@ -334,6 +354,9 @@ def _check_state(state_dict: object, optimizer: MainParams) -> None:
         for key, value in state_dict["state"].get(index, {}).items():
             if key == "main_param" and p.dtype not in _HALF:
                 raise ValueError(f"parameter {index} was half, here it is {p.dtype}")
+            if key == "main_param" and not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise ValueError(f"{key} of parameter {index} is {kind}, not a tensor")
             if isinstance(value, Tensor) and not _fits(key, value, p):
                 got, want = tuple(value.shape), tuple(p.shape)
                 raise ValueError(f"{key} of parameter {index} is {got}, not {want}")

@@ -619,6 +619,24 @@ def test_hooks_names_and_representation() -> None:
     assert optimizer.defaults["lr"] == 0.1
 
 
+def test_hooks_on_saving_and_loading_run() -> None:
+    """In torch's order, with this object and its whole state, and may replace it."""
+    optimizer = MainParams(optim.SGD([weight()], lr=0.1))
+    calls: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append(f"save {id(o)}"))
+    optimizer.register_state_dict_post_hook(lambda _, s: {**s, "note": "mine"})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, s: {key: value for key, value in s.items() if key != "note"}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append(f"{id(o)} on"))
+    saved = optimizer.state_dict()
+    assert list(saved) == ["state", "param_groups", "optimizer", "note"]
+    saved["param_groups"][0]["lr"] = 0.5
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert calls == [f"save {id(optimizer)}", f"{id(optimizer)} on"]
+
+
 def test_float32_gradients_let_one_scaler_serve_from_outside() -> None:
     """GradScaler unscales them itself, which it refuses for half gradients."""
     p, q = weight(FP16), nn.Parameter(weight(FP16).detach().float())
@@ -786,6 +804,8 @@ def spoil(path: str, value: object) -> dict[str, Any]:
         ("param_groups.1", ..., r"groups of \[1\] parameters, here are \[1, 1\]"),
         ("param_groups.1.params", [1, 2], r"of \[1, 2\] parameters, here are \[1, 1\]"),
         ("state.0.main_param", torch.zeros(5, 6), r"main_param .* \(5, 6\), not \(6"),
+        ("state", None, "'state' of a state dict is a mapping, got NoneType"),
+        ("state.0.main_param", None, "main_param of parameter 0 is NoneType, not a te"),
         ("state.0.main_param", torch.zeros(()), r"main_param of parameter 0 is \(\)"),
         ("state.0.main_param", torch.zeros(1, 5), r"main_param .* \(1, 5\)"),
         ("state.0.exp_avg", torch.zeros(30), r"exp_avg of parameter 0 is \(30,\)"),
@@ -1070,6 +1090,7 @@ def with_gradient() -> MainParams:
         (closed(clip_grad=0.0), ValueError, "clip_grad must be > 0 or None, got 0.0"),
         (closed(clip_grad=-1.0), ValueError, "got -1.0"),
         (closed(clip_grad=math.nan), ValueError, "got nan"),
+        (closed(clip_grad="1"), ValueError, "clip_grad must be > 0 or None, got '1'"),
         (closed(grad_dtype=BF16), ValueError, "torch.float32, got torch.bfloat16"),
         (closed(grad_dtyp=BF16), TypeError, "grad_dtyp"),
         (lambda: MainParams(optim.SGD([])), ValueError, "empty parameter list"),
@@ -1151,8 +1172,20 @@ def test_bad_gradients_are_refused_before_the_step() -> None:
     backward(model(torch.ones(1, 2, dtype=BF16)).sum())
     optimizer.step()
     model.float()
-    with pytest.raises(RuntimeError, match=r"has become torch.float32 on cpu"):
+    with pytest.raises(RuntimeError, match=r"has become torch.float32 of .* on cpu"):
         optimizer.step()
+
+    first, grown = weight(), weight()
+    optimizer = MainParams(optim.SGD([first, grown], lr=1.0))
+    first.grad, grown.grad = torch.ones_like(first), torch.ones_like(grown)
+    optimizer.step()
+    grown.grad = None
+    grown.data = torch.zeros(7, 5, dtype=BF16)
+    grown.grad = torch.ones_like(grown)
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=r"become torch.bfloat16 of shape \(7, 5\)"):
+        optimizer.step()
+    assert same(before, everything(optimizer))
 
 
 def test_a_failing_step_puts_the_groups_back() -> None:
