@@ -197,7 +197,9 @@ class DynamicLossScaler:
                 "for NaN in the data and for overflow in the forward pass, which no "
                 "scale can cure"
             )
-        device = (grads or optimizer.param_groups[0]["params"])[0].device
+        groups = optimizer.param_groups
+        tensors = grads or [p for group in groups for p in group["params"]]
+        device = tensors[0].device if tensors else torch.device("cpu")
         # found_inf, has gradients; float32 whatever the default dtype is
         flags = torch.zeros(2, dtype=torch.float32, device=device)
         flags[1] = len(grads) > 0

@@ -1297,6 +1297,10 @@ def test_calls_out_of_order_are_refused() -> None:
     scaler.scale(torch.zeros(()))
     with pytest.raises(RuntimeError, match="no parameter of the optimizer has a grad"):
         scaler.step(optimizer)
+    for last in ([], [weight]):  # an optimizer may have groups without parameters
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": last}]
+        with pytest.raises(RuntimeError, match="no parameter of the optimizer has a g"):
+            scaler.step(SGD(groups, lr=1.0))
     weight.grad = torch.ones(1)
     scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="already unscaled since the last update"):
