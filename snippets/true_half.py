@@ -127,7 +127,8 @@ class TrueHalfAdamW(torch.optim.Optimizer):
         remedy: One of the three; groups may differ.
         generator: Random numbers for ``"stochastic_rounding"``, on the parameters'
             device; saved by `state_dict`. If None, the device's default generator,
-            which `state_dict` does not hold.
+            which `state_dict` does not hold. Replicas of a weight, such as the ranks of
+            DDP, need one each with the same seed, or they drift apart.
 
     Raises:
         ValueError: A setting is out of range or ``remedy`` is unknown.

@@ -493,6 +493,25 @@ def test_groups_schedulers_and_closures() -> None:
     assert named.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
+def test_replicas_stay_equal_with_generators_of_one_seed() -> None:
+    """And drift apart with the default ones, which differ from rank to rank."""
+
+    def replica(rank: int, generator: torch.Generator | None) -> torch.Tensor:
+        torch.manual_seed(rank)
+        p = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        optimizer = TrueHalfAdamW(
+            [p], remedy="stochastic_rounding", generator=generator
+        )
+        for grad in gradients((1000,), 3, torch.bfloat16):
+            p.grad = grad
+            optimizer.step()
+        return p
+
+    seeded = [replica(rank, torch.Generator().manual_seed(7)) for rank in range(2)]
+    assert torch.equal(*seeded)
+    assert not torch.equal(replica(0, None), replica(1, None))
+
+
 def test_a_tensor_learning_rate_works() -> None:
     """The lr may be a tensor, as in torch."""
     p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
