@@ -9,7 +9,7 @@ from .formats import FORMATS, Pages, exponents, round_, scales
 from .report import HIGH, LOW, Row
 from .samples import BLOCK, Samples, gather
 
-LINES = 512  # are rounded at once, to five formats: they fit in a cache
+LINES = 384  # are rounded at once, to five formats: they fit in a cache
 BINS = HIGH - LOW + 1
 EXACT = 280.0  # dB; beyond is the error of float64, of numbers that the format has
 # A mask that asks finfo for its number does so in each dtype: as harmless as -Inf.

@@ -17,6 +17,7 @@ from .report import Row
 BLOCK, BLOCKS = 32, 128  # numbers in a line, and lines, in a sample
 _CHANNELS = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
+SMALL = 2**16  # numbers of which a copy is cheaper than a second pass
 CALLS = 4  # of a module that are sampled; of all others the amax is taken
 
 
@@ -80,7 +81,10 @@ class Samples:
         if key not in self.features:
             self.features[key] = self.feature(x, dim, len(sample))
         others, places = self.features[key]
-        return _real(x).abs().amax(others).take(places)
+        x = _real(x)
+        if x.numel() <= SMALL:
+            return x.abs().amax(others).take(places)
+        return torch.maximum(x.amax(others), -x.amin(others)).take(places)
 
     def feature(self, x: Tensor, dim: int, lines: int) -> tuple[list[int], Tensor]:
         """Return the other dimensions, and which feature each number of a sample is."""
