@@ -7,7 +7,7 @@ Copy this file into your project; it needs only ``torch`` (2.6 or newer).
     Sources: Micikevicius et al. 2018, arXiv:1710.03740, sections 3.1 (float32 main
              weights) and 3.2 (loss scaling); PyTorch, "Automatic Mixed Precision
              examples", section "Working with Unscaled Gradients".
-    Changed: 2026-11-21
+    Changed: 2026-11-22
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -73,8 +73,8 @@ class MixedPrecisionStep:
         window_weight: Sum of their weights.
 
     Raises:
-        TypeError: A trainable parameter is not float32, or the optimizer needs a
-            closure, or the scheduler needs a metric.
+        TypeError: A trainable parameter is not float32, or ``optimizer`` is none or
+            needs a closure, or the scheduler needs a metric.
         ValueError: Any other argument is out of range or contradicts another.
 
     Example:
@@ -106,10 +106,13 @@ class MixedPrecisionStep:
             ("accumulate_grad_batches", accumulate_grad_batches),
             ("max_consecutive_skips", max_consecutive_skips),
         ):
-            if count < 1 or count % 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {count}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+            if not _is_number(count, 1) or count % 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {count!r}")
+        if max_norm is not None and not (_is_number(max_norm, 0) and max_norm):
+            raise ValueError(f"max_norm must be positive or None, got {max_norm!r}")
+        if not hasattr(optimizer, "param_groups"):
+            got = type(optimizer).__name__
+            raise TypeError(f"optimizer must be of torch.optim, got {got}")
         if isinstance(optimizer, LBFGS):
             raise TypeError("LBFGS computes the loss several times a step: not for it")
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -153,20 +156,26 @@ class MixedPrecisionStep:
 
         Raises:
             RuntimeError: Called inside autocast, or ``loss`` is on another type of
-                device than the parameters were, or no parameter has a gradient.
-            ValueError: ``weight`` is not positive and finite.
+                device than the parameters were, or no parameter has a gradient, or one
+                has a sparse gradient.
+            ValueError: ``loss`` is not a tensor of one element, or ``weight`` is not
+                positive and finite.
             FloatingPointError: ``max_consecutive_skips`` windows in a row had a
                 gradient that was not finite.
         """  # noqa: DOC502 - the last is raised by _close_window
         if torch.is_autocast_enabled(self.device_type):
             raise RuntimeError("called inside autocast: leave it once you have a loss")
+        shape = getattr(loss, "shape", None)
+        if shape is None or math.prod(shape) != 1:
+            got = type(loss).__name__ if shape is None else f"shape {tuple(shape)}"
+            raise ValueError(f"loss must be a tensor of one element, got {got}")
         if loss.device.type != self.device_type:
             raise RuntimeError(
                 f"loss is on {loss.device.type!r}, but the parameters were on "
                 f"{self.device_type!r}: move the model before building the step"
             )
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be positive and finite, got {weight}")
+        if not (_is_number(weight, 0) and 0 < weight < math.inf):
+            raise ValueError(f"weight must be positive and finite, got {weight!r}")
         if weight != 1:
             loss = loss * weight
         if self.scaler:
@@ -210,7 +219,8 @@ class MixedPrecisionStep:
                 ``accumulate_grad_batches`` and parameters.
 
         Raises:
-            ValueError: A key is missing, or one of these conditions is not met.
+            ValueError: A key is missing, a count is not a number from 0, or one of
+                these conditions is not met.
         """
         if missing := self.state_dict().keys() - state.keys():
             raise ValueError(f"state lacks {sorted(missing)}, it has {sorted(state)}")
@@ -219,6 +229,12 @@ class MixedPrecisionStep:
                 f"state is of a {state['dtype']} run, this step is {self.dtype}: build "
                 "it with that dtype, or load only model, optimizer and scheduler"
             )
+        for name in _PROGRESS:
+            if not _is_number(state[name], 0):
+                raise ValueError(f"{name} must be a number from 0, got {state[name]!r}")
+        own = self.scaler.state_dict() if self.scaler else {}
+        if missing := own.keys() - state["scaler"].keys():
+            raise ValueError(f"the scaler's state lacks {sorted(missing)}")
         parameters, grads = _parameters(self.optimizer), state["grads"]
         window = state["accumulate_grad_batches"]
         if grads and window != self.accumulate_grad_batches:
@@ -245,6 +261,11 @@ class MixedPrecisionStep:
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads:
             raise RuntimeError("no parameter of the optimizer received a gradient")
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(
+                "a gradient is sparse, and has no norm in torch: build its embedding "
+                "with sparse=False"
+            )
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         if self.window_weight != 1:
@@ -280,6 +301,10 @@ class MixedPrecisionStep:
                 f"overflow in the forward pass in {self.dtype}"
             )
         return StepResult(stepped=stepped, skipped=not stepped, grad_norm=grad_norm)
+
+
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and value >= least  # also refuses NaN
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

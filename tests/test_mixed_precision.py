@@ -679,7 +679,7 @@ def test_parameters_must_share_a_device() -> None:
 
 
 @pytest.mark.parametrize("name", ["accumulate_grad_batches", "max_consecutive_skips"])
-@pytest.mark.parametrize("count", [0, -1, 1.5])
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None])
 def test_counts_start_at_one(name: str, count: int) -> None:
     """Nothing is rounded on the way."""
     with pytest.raises(ValueError, match=f"{name} must be a whole number from 1"):
@@ -691,7 +691,7 @@ def test_counts_start_at_one(name: str, count: int) -> None:
         )
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan, "1"])
 def test_max_norm_is_positive(max_norm: float) -> None:
     """A norm of 0 would stop the training without a word."""
     with pytest.raises(ValueError, match="max_norm must be positive or None"):
@@ -699,8 +699,10 @@ def test_max_norm_is_positive(max_norm: float) -> None:
 
 
 def test_optimizers_and_schedulers_that_need_more_are_refused() -> None:
-    """A closure, a metric, another optimizer's schedule."""
+    """A closure, a metric, another optimizer's schedule; what is no optimizer."""
     optimizer = sgd()
+    with pytest.raises(TypeError, match=r"optimizer must be of .*, got list"):
+        MixedPrecisionStep([], dtype=torch.float16)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LBFGS computes the loss several times"):
         MixedPrecisionStep(
             torch.optim.LBFGS([nn.Parameter(torch.ones(1))]), dtype=torch.float16
@@ -742,7 +744,34 @@ def test_a_call_within_autocast_changes_nothing() -> None:
     assert step(loss).stepped
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (1.0, "float"),
+        (None, "NoneType"),
+        (torch.ones(2), r"shape \(2,\)"),
+        (torch.ones(0), r"shape \(0,\)"),
+    ],
+)
+def test_a_loss_is_one_number(loss: Any, got: str) -> None:  # noqa: ANN401
+    """Anything else is told with its shape or type, before the backward pass."""
+    step = MixedPrecisionStep(sgd(), dtype=torch.float16)
+    with pytest.raises(ValueError, match=f"a tensor of one element, got {got}"):
+        step(loss)
+    assert step.micro_batches == 0
+
+
+def test_sparse_gradients_are_refused_before_the_step() -> None:
+    """Torch computes no norm of them."""
+    table = nn.Embedding(4, 2, sparse=True)
+    before = table.weight.clone()
+    step = MixedPrecisionStep(SGD(table.parameters(), lr=1.0), dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="a gradient is sparse, and has no norm"):
+        step(table(torch.tensor([1])).sum())
+    assert torch.equal(table.weight, before)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan, "1"])
 def test_weights_are_positive_and_finite(weight: float) -> None:
     """And refused before the backward pass."""
     layer = nn.Linear(1, 1)
@@ -824,6 +853,12 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         other.load_state_dict({
             k: v for k, v in state.items() if k not in {"grads", "skipped_steps"}
         })
+    with pytest.raises(ValueError, match="skipped_steps must be a number from 0, got "):
+        other.load_state_dict(state | {"skipped_steps": -1})
+    with pytest.raises(ValueError, match="window_weight must be a number from 0, got "):
+        other.load_state_dict(state | {"window_weight": math.nan})
+    with pytest.raises(ValueError, match=r"the scaler's state lacks .*'growth_factor'"):
+        other.load_state_dict(state | {"scaler": {"scale": 1.0}})
     with pytest.raises(ValueError, match="state holds gradients of other parameters"):
         other.load_state_dict(state | {"grads": state["grads"][:1]})
     with pytest.raises(ValueError, match="state holds gradients of other parameters"):
