@@ -20,6 +20,7 @@ SPDX-License-Identifier: Apache-2.0
 
 import math
 from collections.abc import Callable, Collection, Iterable
+from copy import copy
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
@@ -339,8 +340,8 @@ def convert_for_inference(
     ``module.eval()`` yourself.
 
     A submodule named in ``keep`` stays as it is. It gets hooks that cast the floating
-    tensors among its inputs, and inside their tuples, lists and dicts, to its own
-    dtype, and those among its outputs to ``dtype``.
+    tensors among its inputs, and inside their tuples, lists and dicts, of a class of
+    their own too, to its own dtype, and those among its outputs to ``dtype``.
 
     Args:
         module: The module to change.
@@ -381,15 +382,16 @@ def convert_for_inference(
     todo = [(n, t) for n, t in _tensors(module) if id(t) not in kept and _castable(t)]
     lost = {}
     for name, t in todo:
-        cast = t.detach().to(dtype)
-        over = t.detach()[cast.isinf() & t.isfinite()].abs()
+        values = t.detach()._values() if t.is_sparse else t.detach()
+        cast = values.to(dtype)
+        over = values[cast.isinf() & values.isfinite()].abs()
         if over.numel():
             msg = (
                 f"{over.numel()} of {t.numel()} values of {name} overflow {dtype}, "
                 f"the largest is {over.max().item():.6g}: keep its module"
             )
             raise ValueError(msg)
-        lost[name] = int(((cast == 0) & (t != 0)).sum())
+        lost[name] = int(((cast == 0) & (values != 0)).sum())
 
     for _, t in todo:
         t.grad = None
@@ -465,13 +467,19 @@ def _castable(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype.itemsize > 1
 
 
-def _cast(value: object, dtype: torch.dtype) -> object:
+def _cast(value: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - whatever is passed
     if isinstance(value, Tensor):
         return value.to(dtype) if _castable(value) else value
-    if isinstance(value, (tuple, list)) and type(value) in {tuple, list}:
-        return type(value)(_cast(v, dtype) for v in value)
-    if type(value) is dict:
-        return {k: _cast(v, dtype) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_cast(v, dtype) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        made = {k: _cast(v, dtype) for k, v in value.items()}
+        if any(made[k] is not value[k] for k in made):
+            value = copy(value)  # of its own class
+            value.update(made)
     return value
 
 

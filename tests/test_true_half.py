@@ -3,8 +3,10 @@
 import copy
 import io
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import lightning
 import pytest
@@ -953,6 +955,53 @@ def test_kept_modules_cast_nested_values_and_keywords() -> None:
     assert out.dtype == nested["x"][0].dtype == torch.float16
     assert nested["x"][1] is ids
     assert text == "text"
+
+
+class Pair(NamedTuple):
+    """What a recurrent layer may take and give."""
+
+    hidden: Tensor
+    length: int
+
+
+class Output(OrderedDict[str, Tensor]):
+    """What models of Hugging Face return, in short."""
+
+
+def test_kept_modules_cast_in_containers_of_a_class_of_their_own() -> None:
+    """Named tuples and subclasses of dict are rebuilt as what they are."""
+
+    class Part(nn.Linear):
+        def forward(self, pair: Pair) -> Output:  # type: ignore[override]
+            assert pair.hidden.dtype == torch.float32
+            return Output(hidden=super().forward(pair.hidden))
+
+    part = Part(2, 2)
+    net = nn.Sequential(part)
+    convert_for_inference(net, torch.bfloat16, keep="0")
+    given = Pair(torch.ones(1, 2, dtype=torch.bfloat16), 1)
+    out = net(given)
+
+    assert type(out) is Output
+    assert out["hidden"].dtype == torch.bfloat16
+    assert given.hidden.dtype == torch.bfloat16
+
+
+def test_sparse_buffers_are_converted_by_their_values() -> None:
+    """And refused by their values."""
+    net = nn.Linear(1, 1, bias=False)
+    net.register_buffer(
+        "adjacency", torch.tensor([[1e-9, 0.0], [0.0, 2.0]]).to_sparse()
+    )
+    lost = convert_for_inference(net, torch.float16)
+    assert lost == {"weight": 0, "adjacency": 1}
+    adjacency = net.get_buffer("adjacency")
+    assert adjacency.dtype == torch.float16
+    assert adjacency.to_dense().tolist() == [[0.0, 0.0], [0.0, 2.0]]
+
+    net.register_buffer("adjacency", torch.tensor([1e6]).to_sparse())
+    with pytest.raises(ValueError, match="1 of 1 values of adjacency overflow"):
+        convert_for_inference(net, torch.float16)
 
 
 # Errors.
