@@ -22,7 +22,7 @@ class Amax:
 
     def see(self, name: str, things: object) -> None:
         """Take the amax of the first float tensor; of several calls, the largest."""
-        tensor = next(floats(things), None)
+        tensor = next(iter(floats(things)), None)
         if tensor is not None:
             amax, before = tensor.detach().abs().amax(), self.seen.get(name)
             self.seen[name] = amax if before is None else torch.maximum(before, amax)

@@ -1,7 +1,6 @@
 """What a forward and a backward pass leave: where NaN or Inf began, dtypes, amax."""
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ class Tape:
     def __init__(self, model: nn.Module, is_due: Callable[[], bool]) -> None:
         self.model, self.is_due = model, is_due
         self.usual: set[str] = set()  # modules that make infinities in healthy steps
-        self.dtypes: Counter[torch.dtype] = Counter()  # of outputs
+        self.dtypes: dict[torch.dtype, int] = {}  # of outputs
         self.clear()
 
     def clear(self) -> None:
@@ -73,7 +72,7 @@ class Tape:
                 self.readers.setdefault(maker[1], []).append(name)
         for y in floats(output):
             self.sums.append(("output", name, total(y)))
-            self.dtypes[y.dtype] += 1
+            self.dtypes[y.dtype] = self.dtypes.get(y.dtype, 0) + 1
             known = self.makers.get(id(y))
             if known is not None and known[0]() is y and known[2] == y._version:
                 continue  # passed on as it came: from a module within, or an identity

@@ -1,28 +1,36 @@
 """What is read from tensors: whether all is finite, and a sample of the values."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Sums of these overflow, or PyTorch has none.
+_NARROW = {torch.float16} | {
+    d for d in vars(torch).values()
+    if isinstance(d, torch.dtype) and d.is_floating_point and d.itemsize == 1
+}  # fmt: skip
 
-def floats(things: object) -> Iterator[Tensor]:
-    """Yield the dense float tensors among a module's arguments or outputs."""
+
+def floats(things: object) -> list[Tensor]:
+    """Return the dense float tensors among a module's arguments or outputs."""
     if isinstance(things, Tensor):
-        if things.is_floating_point() and things.layout is torch.strided:
-            yield things
-    elif isinstance(things, (list, tuple, dict)):
-        for thing in things.values() if isinstance(things, dict) else things:
-            yield from floats(thing)
+        is_read = things.is_floating_point() and things.layout is torch.strided
+        return [things] if is_read else []
+    if isinstance(things, dict):
+        things = [*things.values()]
+    if isinstance(things, (list, tuple)):
+        return [tensor for thing in things for tensor in floats(thing)]
+    return []
 
 
 def total(tensor: Any) -> Tensor:  # noqa: ANN401
     """Return a sum that is finite if all values are: float16 would overflow."""
-    values: Tensor = tensor.detach()
-    is_narrow = values.dtype == torch.float16 or values.dtype.itemsize == 1
-    return values.sum(dtype=torch.float32 if is_narrow else None)
+    values: Tensor = tensor.detach() if tensor.requires_grad else tensor
+    is_narrow = values.dtype in _NARROW
+    return values.sum(dtype=torch.float32) if is_narrow else values.sum()
 
 
 def finite(numbers: list[Tensor]) -> list[bool]:
