@@ -97,6 +97,15 @@ def _tag(dtype: "DType | torch.dtype") -> DType:
 
 # ------------------------------------------------------------------------ quantizers
 
+
+def no_attribute(thing: object, name: str, known: Sequence[str]) -> str:
+    """Say that ``thing`` lacks a name; those in ``known`` are not emulated."""
+    kind = type(thing).__name__
+    if name in known:
+        return f"{kind}.{name} is not emulated"
+    return f"{kind!r} object has no attribute {name!r}"
+
+
 _NOT_EMULATED = (
     "alloc_tensors",
     "create_metadata",
@@ -262,9 +271,7 @@ class Quantizer:
         Raises:
             AttributeError: always.
         """
-        has = f"{type(self).__name__}.{name} is not emulated"
-        none = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(has if name in _NOT_EMULATED else none)
+        raise AttributeError(no_attribute(self, name, _NOT_EMULATED))
 
     def calibrate(self, x: Tensor) -> None:
         """Record what quantizing ``x`` would record, without quantizing it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .quantized import Packed, Quantized
-from .quantizers import IdentityQuantizer, Quantizer
+from .quantizers import IdentityQuantizer, Quantizer, no_attribute
 
 __all__ = ["QuantizedTensor"]
 
@@ -239,9 +239,7 @@ class QuantizedTensor(torch.Tensor):
         Raises:
             AttributeError: always.
         """
-        has = f"{type(self).__name__}.{name} is not emulated"
-        none = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(has if name in _NOT_EMULATED else none)
+        raise AttributeError(no_attribute(self, name, _NOT_EMULATED))
 
     @property
     def _quantizer(self) -> Quantizer | None:
