@@ -4,11 +4,8 @@ import copy
 import json
 import logging
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +29,7 @@ from snippets.find_first_bad_module import (
     find_first_bad_module,
 )
 from tests.quiet import quiet_import
+from tests.ranks import needs_gloo, run_ranks
 
 WIDTH, ROWS, DEPTH = 8, 4, 6
 INF = math.inf
@@ -352,29 +350,11 @@ os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
 """
 
 
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="needs gloo",
-)
+@needs_gloo
 def test_a_fault_of_another_rank_is_told_as_such(tmp_path: Path) -> None:
     """It comes with the sum of gradients, which no operation and no line writes."""
-    (tmp_path / "rank.py").write_text(RANK)
-    root = str(Path(__file__).parent.parent)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "rank.py", str(rank), str(tmp_path / "store")],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = []
-    for process in ranks:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        told.append(json.loads(output.splitlines()[-1]))
+    outputs = run_ranks(RANK, tmp_path)
+    told = [json.loads(output.splitlines()[-1]) for output in outputs]
 
     (_, phase, message), sick = told
     assert sick[:2] == ["module.1", "forward"]

@@ -6,10 +6,7 @@ runs on both.
 """
 
 import contextlib
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from snippets import fp8
 from tests import te_source
+from tests.ranks import needs_gloo, run_ranks
 
 ROOT = Path(__file__).parents[1]
 OURS: Any = fp8
@@ -670,25 +668,7 @@ os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
 """
 
 
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="needs gloo",
-)
+@needs_gloo
 def test_amax_is_reduced_over_the_processes_of_the_group(tmp_path: Path) -> None:
     """Two gloo processes end with one scale, or with their own where they should."""
-    (tmp_path / "rank.py").write_text(_RANK)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "rank.py", str(rank), str(tmp_path / "store")],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert "done" in output
+    assert all("done" in output for output in run_ranks(_RANK, tmp_path))

@@ -5,11 +5,8 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +16,6 @@ import lightning.fabric.plugins
 import lightning.pytorch.plugins
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -28,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from snippets.loss_scaling import DynamicLossScaler
 from snippets.mixed_precision import MixedPrecisionStep
+from tests.ranks import needs_gloo, run_ranks
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BAD = (math.inf, -math.inf, math.nan)
@@ -997,31 +994,12 @@ print(json.dumps(out), flush=True)
 os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
 """
 
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()),
-    reason="torch.distributed with gloo is missing",
-)
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes print."""
-    file = tmp_path_factory.mktemp("ranks") / "rendezvous"
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(file)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(out) for out, _ in outputs]
+    outputs = run_ranks(RANK, tmp_path_factory.mktemp("ranks"))
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 @needs_gloo

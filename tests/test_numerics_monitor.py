@@ -3,9 +3,6 @@
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +30,7 @@ from snippets.numerics_monitor import (
     NumericsMonitor,
     NumericsWarning,
 )
+from tests.ranks import needs_gloo, run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
@@ -1200,29 +1198,11 @@ os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
 """
 
 
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="needs gloo",
-)
+@needs_gloo
 def test_a_fault_of_another_rank_is_told_as_such(tmp_path: Path) -> None:
     """Under DDP gradients are bad on both, and only one knows why and tells where."""
-    (tmp_path / "rank.py").write_text(RANK)
-    root = str(Path(__file__).parent.parent)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "rank.py", str(rank), str(tmp_path / "store")],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    found = []
-    for process in ranks:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        found.append(json.loads(output.splitlines()[-1]))
+    outputs = run_ranks(RANK, tmp_path)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
 
     here = {"module": "1", "phase": "forward"}
     there = {"module": "2 or another rank", "phase": "backward"}
